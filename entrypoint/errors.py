@@ -1,0 +1,41 @@
+"""What a run can end with: one small tree of errors, each with its documented exit code.
+
+0 done; 64 the configuration, the data or the run itself can't be used (starting again would not help);
+75 stopped early, start again; anything else is a crash.
+"""
+
+EXIT_DONE = 0
+EXIT_REFUSED = 64  # EX_USAGE of sysexits.h
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class RunError(Exception):
+    """An end of the run that is explained in one line: where, what was got, what was expected, what to do."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ConfigError(RunError):
+    """The configuration can't be used."""
+
+
+class DataError(RunError):
+    """The traces can't be used."""
+
+
+class ModelError(RunError):
+    """The base model can't be used."""
+
+
+class CheckpointError(RunError):
+    """The checkpoints, or an output that stands at `output.path`, can't be used by this run."""
+
+
+class DivergedError(RunError):
+    """The optimisation has left the region where its numbers mean anything."""
+
+
+class StoppedError(RunError):
+    """The run was told to stop and has saved: the same command goes on from there."""
+
+    exit_code = EXIT_STOPPED
