@@ -1,0 +1,198 @@
+"""Storage: one way to open, copy and write, local or S3, and one line that explains why it failed.
+
+Every request is bounded: a black hole costs at most about two minutes, a closed port about a second.
+Credentials come from the usual AWS chain and are never an argument.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from entrypoint.errors import RunError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+CONNECT_TIMEOUT = 5  # seconds
+READ_TIMEOUT = 20  # seconds without a byte
+ATTEMPTS = 3  # botocore's, with its backoff and jitter: 5xx, throttling, connections
+ROUNDS = 2  # s3fs's around those: bodies that break off
+BLOCK = 1 << 20
+
+BAD_CREDENTIALS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+TEMPORARY_CODES = {
+    "500",
+    "502",
+    "503",
+    "504",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+}
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` names an S3 bucket rather than a local path."""
+    return url.startswith(("s3://", "s3a://"))
+
+
+def local_path(url: str) -> Path:
+    """The local path that `url` (a path or file://) names."""
+    return Path(unquote(urlsplit(url).path)) if url.startswith("file://") else Path(url)
+
+
+def filesystem(url: str, endpoint_url: str | None = None) -> AbstractFileSystem:
+    """The fsspec file system that `url` lives on, with bounded timeouts and retries.
+
+    Args:
+        url: a local path, file:// or s3://.
+        endpoint_url: S3 endpoint, where it is not AWS's own; ignored for local paths.
+    """
+    if not is_s3(url):
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem()
+    import s3fs
+
+    # Not the cached instance: its listings would hide what another process wrote since.
+    fs = s3fs.S3FileSystem(
+        endpoint_url=endpoint_url or None,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT,
+            "read_timeout": READ_TIMEOUT,
+            "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        },
+    )
+    fs.retries = ROUNDS
+    return fs
+
+
+def explain(error: BaseException, url: str) -> str:
+    """One line: where, what was refused and what to do, for a failure of s3fs, botocore or the local disk."""
+    code, message = _code(error), " ".join(str(error).split()) or type(error).__name__
+    name = type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    if code in BAD_CREDENTIALS:
+        return f"{url}: the storage refused the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
+        return (
+            f"{url}: no AWS credentials found ({message}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
+        )
+    if code == "NoSuchBucket":
+        return f"{url}: no such bucket; create it, or check the name and endpoint_url"
+    if _unreachable(error):
+        return f"{url}: the storage can't be reached ({message}); check endpoint_url and the network"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{url}: the disk is full ({message}); free space or name another folder"
+    if number == errno.EROFS:
+        return f"{url}: the file system is read-only ({message}); name another folder"
+    if isinstance(error, PermissionError) or code in ("AccessDenied", "403"):
+        who = "these AWS credentials" if is_s3(url) else f"user {os.getuid()}"
+        return f"{url}: permission denied to {who} ({message}); grant access or name another location"
+    if isinstance(error, FileNotFoundError):
+        return f"{url}: not found ({message}); check the path" + (" and endpoint_url" if is_s3(url) else "")
+    return f"{url}: {name}: {message}" + (f" ({code})" if code else "")
+
+
+def temporary(error: BaseException) -> bool:
+    """Whether the same request may well succeed later: an unreachable, overloaded or broken server."""
+    return _unreachable(error) or _code(error) in TEMPORARY_CODES
+
+
+@contextmanager
+def explained(url: str, kind: type[RunError]) -> Iterator[None]:
+    """Turn a storage failure inside the block into `kind` with one line; programming errors pass as they are.
+
+    Raises:
+        RunError: of the given kind.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_storage_error(error):
+            raise
+        raise kind(explain(error, url)) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name, fsync, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that renames in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a local file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _code(error: BaseException) -> str:
+    """The S3 error code: s3fs keeps botocore's ClientError as the cause of its OSError."""
+    for link in _chain(error):
+        response: Any = getattr(link, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _unreachable(error: BaseException) -> bool:
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    from botocore import exceptions as boto
+
+    # ConnectionError here is botocore's: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
+    return isinstance(error, (boto.ConnectionError, boto.HTTPClientError))
+
+
+def _is_storage_error(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return True
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return isinstance(error, (BotoCoreError, ClientError))
