@@ -1,0 +1,47 @@
+"""Fixtures that every test may ask for; each is made once a pytest worker, and only where it is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a library that looks: no test reaches for the network or for this machine's AWS keys.
+os.environ |= {
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+from tests.servers.mlflow import MlflowServer
+from tests.servers.mlflow import mlflow_server as start_mlflow_server
+from tests.servers.s3 import S3Server, s3_server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server that refuses wrong keys and anonymous access."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server with a model registry; some 20 s to start, so few test modules should ask for it."""
+    with start_mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer, in Hugging Face's layout. Read-only: it is shared."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("tiny"))

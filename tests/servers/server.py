@@ -1,0 +1,72 @@
+"""What the servers have in common: a child process with a log, waited for until it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+Probe = Callable[[], bool]
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on right now; the caller may lose it again, so `serve` is tried anew."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(
+    command: Sequence[str | Path], *, env: Mapping[str, str], log: Path, ready: Probe, timeout: float
+) -> Iterator[int]:
+    """Run `command` until the block ends; yields its process id once `ready()` is true.
+
+    Raises:
+        RuntimeError: it ended or did not answer within `timeout` seconds; the message ends with its log.
+    """
+    with log.open("wb") as sink:
+        # A session of its own: the servers' workers (MLflow's) are ended with them, and Ctrl-C reaches pytest alone.
+        child = subprocess.Popen(
+            [str(word) for word in command],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _await(child, ready, timeout, log)
+        yield child.pid
+    finally:
+        _end(child)
+
+
+def _await(child: subprocess.Popen[bytes], ready: Probe, timeout: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if child.poll() is not None:
+            raise RuntimeError(f"{child.args!r} ended with {child.returncode}:\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{child.args!r} did not answer within {timeout:.0f} s:\n{_tail(log)}")
+        time.sleep(0.02)
+
+
+def _end(child: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signum)  # start_new_session made it the leader of its own group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+            if signum == signal.SIGTERM:
+                continue  # its workers may outlive it by a moment: the second signal finds them, or nobody
+    child.wait()
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
