@@ -1,0 +1,365 @@
+"""The launcher, with toy ranks as real processes: verdicts, signals, output, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from entrypoint.errors import ConfigError
+from entrypoint.launcher import combine, report_verdict
+from entrypoint.topology import cuda_devices, free_port, read_topology, visible_devices
+
+DEADLINE = 60.0
+ROOT = Path(__file__).parent.parent
+DRIVER = (
+    "import os, sys\nfrom entrypoint.launcher import launch\n"
+    "from entrypoint.errors import RunError\n"
+    "patience, *argv = sys.argv[1:]\n"
+    "try: code = launch(argv, os.environ, module='tests.toy_rank', patience=float(patience), kill_after=0.3)\n"
+    "except RunError as error: print(error, file=sys.stderr); code = error.exit_code\n"
+    "assert 'torch' not in sys.modules\nsys.exit(code)\n"
+)
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start the launcher as a process of its own; what is still there at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*scripts: str, ranks: int | None = None, patience: float = 30.0, **environ: str) -> subprocess.Popen[str]:
+        base = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")}
+        size = {} if ranks is None else {"LOCAL_WORLD_SIZE": str(ranks)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(patience), str(tmp_path), *scripts],
+            cwd=ROOT,
+            env={**base, "CUDA_VISIBLE_DEVICES": "", **size, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=DEADLINE)
+    return process.returncode, out, err
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < until, f"{what} never came"
+        time.sleep(0.01)
+
+
+def files(folder: Path, *names: str) -> None:
+    wait_for(lambda: all((folder / name).exists() for name in names), f"one of {names}")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_dead(pid: int) -> None:
+    wait_for(lambda: not alive(pid), f"the end of process {pid}")
+
+
+def wait_reaped(pid: int) -> None:
+    """A zombie would still be listed."""
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), f"the end of process {pid}")
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    return int(json.loads((folder / f"started.{rank}").read_text())["pid"])
+
+
+def test_verdicts_combine_as_refusal_then_first_crash_then_stop_then_done() -> None:
+    """64 beats all; the first crash beats later ones, 75 and 0; 75 beats 0."""
+    assert combine([0, 0]) == 0
+    assert combine([0, 75, 0]) == 75
+    assert combine([75, 1, 0, 139]) == 1
+    assert combine([139, 1]) == 139
+    assert combine([1, 75, 64]) == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("exit=0", "exit=0"), 0),
+        (("exit=0", "exit=75"), 75),
+        (("exit=75", "exit=75"), 75),
+        (("exit=75", "exit=64"), 64),
+        (("exit=0", "crash=3"), 3),
+        (("exit=75", "crash=1"), 1),
+        (("crash=1", "exit=64"), 64),
+        (("die=SEGV", "exit=75"), 139),
+        (("exit=0", "die=KILL"), 137),
+        (("verdict=0,die=ABRT", "exit=0"), 0),
+        (("verdict=75,die=ABRT", "exit=75"), 75),
+        (("verdict=64,die=ABRT", "exit=0"), 64),
+        (("verdict=0,crash=1", "exit=75"), 75),
+    ],
+)
+def test_two_ranks_give_one_verdict(launch: Launch, words: tuple[str, str], expected: int) -> None:
+    assert end(launch(f"0:{words[0]}", f"1:{words[1]}", ranks=2))[0] == expected
+
+
+@pytest.mark.parametrize(("word", "expected"), [("exit=0", 0), ("crash=7", 7), ("exit=64", 64), ("die=ABRT", 134)])
+def test_one_rank_is_the_default_and_a_rank_like_any_other(
+    launch: Launch, tmp_path: Path, word: str, expected: int
+) -> None:
+    assert end(launch(f"0:{word}"))[0] == expected
+    env = json.loads((tmp_path / "started.0").read_text())["env"]
+    assert {
+        key: env[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "NNODES")
+    } == {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "NODE_RANK": "0",
+        "NNODES": "1",
+    }
+    assert env["MASTER_ADDR"] == "127.0.0.1"
+    assert "OMP_NUM_THREADS" not in env
+
+
+def test_the_first_crash_counts_when_its_siblings_crash_because_of_it(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:wait=go,crash=1", "1:die=SEGV", ranks=2)
+    files(tmp_path, "started.0", "started.1")
+    wait_reaped(pid_of(tmp_path, 1))
+    (tmp_path / "go").touch()
+    assert end(process)[0] == 139
+
+
+def test_eight_ranks_know_who_they_are(launch: Launch, tmp_path: Path) -> None:
+    process = launch(
+        "*:print=hello,exit=0", ranks=8, NNODES="3", NODE_RANK="2", MASTER_ADDR="node-0", MASTER_PORT="1234"
+    )
+    code, out, _ = end(process)
+    assert code == 0
+    assert sorted(out.splitlines()) == sorted(f"[rank {rank}] hello" for rank in range(16, 24))
+    for rank in range(16, 24):
+        env = json.loads((tmp_path / f"started.{rank}").read_text())["env"]
+        assert env["LOCAL_RANK"] == str(rank - 16)
+        assert (env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == ("24", "node-0", "1234")
+        assert int(env["OMP_NUM_THREADS"]) >= 1
+
+
+def test_arguments_reach_the_ranks_as_they_are(launch: Launch, tmp_path: Path) -> None:
+    odd = "2:a b 'c' \"d\" $HOME \n é"
+    assert end(launch("0:exit=0", odd))[0] == 0
+    assert json.loads((tmp_path / "started.0").read_text())["argv"][2] == odd
+
+
+def test_a_rank_that_leaves_with_75_or_0_leaves_its_siblings_alone(launch: Launch, tmp_path: Path) -> None:
+    """With no patience at all: rank 0 still works on after both others are gone, and ends by itself."""
+    process = launch("0:wait=go,exit=75", "1:exit=75", "2:exit=0", ranks=3, patience=0.0)
+    files(tmp_path, "started.0", "started.1", "started.2")
+    for rank in (1, 2):
+        wait_reaped(pid_of(tmp_path, rank))
+    assert process.poll() is None
+    (tmp_path / "go").touch()
+    code, _, err = end(process)
+    assert code == 75
+    assert "to leave" not in err
+
+
+@pytest.mark.parametrize(("word", "expected"), [("crash=9", 9), ("exit=64", 64), ("die=SEGV", 139)])
+def test_after_a_crash_or_a_refusal_the_others_get_a_bounded_time(
+    launch: Launch, tmp_path: Path, word: str, expected: int
+) -> None:
+    """Rank 1 hangs and heeds SIGTERM, rank 2 ignores it: both are gone, and neither changes the verdict."""
+    process = launch(f"0:wait=ready.2,{word}", "1:wait=never", "2:ignore=TERM,child,wait=never", ranks=3, patience=0.2)
+    code, _, err = end(process)
+    assert code == expected
+    assert f"rank 0 ended with {expected}; the others get 0.2 s to leave" in err
+    assert not alive(int((tmp_path / "child.2").read_text()))
+
+
+def test_a_rank_that_hangs_after_its_verdict_is_ended_and_its_verdict_counts(launch: Launch) -> None:
+    assert end(launch("0:ignore=TERM,verdict=75,wait=never", "1:exit=0", ranks=2, patience=0.2))[0] == 75
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_stop_signal_reaches_every_rank_once(launch: Launch, tmp_path: Path, name: str) -> None:
+    process = launch(f"*:catch,until={name},wait=go,exit=75", ranks=2)
+    files(tmp_path, "ready.0", "ready.1")
+    number = signal.Signals[f"SIG{name}"]
+    process.send_signal(number)
+    files(tmp_path, "signals.0", "signals.1")
+    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)  # comes after the second one: once it is there, the second one was dealt with
+    wait_for(lambda: all("10" in (tmp_path / f"signals.{r}").read_text().split() for r in (0, 1)), "SIGUSR1")
+    (tmp_path / "go").touch()
+    assert end(process)[0] == 75
+    for rank in (0, 1):
+        assert (tmp_path / f"signals.{rank}").read_text().split().count(str(int(number))) == 1
+
+
+def test_sigusr1_is_forwarded_and_the_run_goes_on(launch: Launch, tmp_path: Path) -> None:
+    process = launch("*:catch,until=USR1,wait=go,exit=0", ranks=2)
+    files(tmp_path, "ready.0", "ready.1")
+    process.send_signal(signal.SIGUSR1)
+    files(tmp_path, "signals.0", "signals.1")
+    assert process.poll() is None
+    (tmp_path / "go").touch()
+    assert end(process)[0] == 0
+
+
+def test_sigusr1_before_a_rank_can_catch_it_harms_nothing(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:wait=go,exit=0")
+    files(tmp_path, "started.0")
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    assert end(process)[0] == 0
+
+
+def test_sigterm_before_a_rank_can_catch_it_is_a_stop_not_a_crash(launch: Launch, tmp_path: Path) -> None:
+    process = launch("*:wait=never", ranks=2)
+    files(tmp_path, "started.0", "started.1")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+
+
+def test_ranks_die_with_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
+    process = launch("*:ignore=TERM,wait=never", ranks=3)
+    files(tmp_path, "ready.0", "ready.1", "ready.2")
+    pids = [pid_of(tmp_path, rank) for rank in range(3)]
+    process.kill()
+    for pid in pids:
+        wait_dead(pid)
+
+
+def test_orphans_are_reaped_and_children_of_ranks_do_not_stay(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:orphan,wait=go,child,exit=0")
+    wait_for(lambda: (tmp_path / "orphan").exists() and (tmp_path / "orphan").read_text().endswith(" "), "the orphan")
+    orphan = int((tmp_path / "orphan").read_text())
+    parent = Path(f"/proc/{orphan}/stat").read_text().rsplit(")", 1)[1].split()[1]
+    assert int(parent) == process.pid
+    (tmp_path / "orphan-may-leave").touch()
+    wait_reaped(orphan)
+    (tmp_path / "go").touch()
+    assert end(process)[0] == 0
+    child = int((tmp_path / "child.0").read_text())
+    wait_dead(child)
+
+
+def test_rank_0_writes_as_it_is_and_the_others_behind_their_number(launch: Launch) -> None:
+    code, out, err = end(
+        launch("0:print=zero,complain=alas,exit=0", "1:print=one,complain=oh,flood=300,exit=0", ranks=2)
+    )
+    assert code == 0
+    assert err.splitlines() == ["alas", "[rank 1] oh"] or err.splitlines() == ["[rank 1] oh", "alas"]
+    lines = out.splitlines()
+    assert "zero" in lines
+    assert [line for line in lines if line != "zero"] == [  # no line is cut by another rank's
+        "[rank 1] one",
+        *(f"[rank 1] {number:06d}" + "x" * 500 for number in range(300)),
+    ]
+
+
+def test_rank_0_keeps_the_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, "30", str(tmp_path), "*:exit=0"],
+        cwd=ROOT,
+        env={**os.environ, "LOCAL_WORLD_SIZE": "2"},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    assert process.wait(timeout=DEADLINE) == 0
+    os.close(theirs)
+    os.close(ours)
+    assert json.loads((tmp_path / "started.0").read_text())["tty"]
+    assert not json.loads((tmp_path / "started.1").read_text())["tty"]
+
+
+def test_a_reader_that_went_away_harms_no_rank(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:exit=0", "1:wait=go,flood=2000,touch=written,exit=0", ranks=2)
+    files(tmp_path, "started.1")
+    assert process.stdout is not None
+    process.stdout.close()
+    (tmp_path / "go").touch()
+    assert process.wait(timeout=DEADLINE) == 0
+    assert (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two' must be an integer of at least 1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 must be an integer of at least 1"),
+        ({"NNODES": "-1"}, "NNODES=-1"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "node-0"}, "NNODES=2 needs NODE_RANK"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "node-0"}, "NODE_RANK=2 must be below NNODES=2"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 must be below NNODES=1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be an integer from 1 to 65535"),
+        ({"MASTER_PORT": "29500.0"}, "MASTER_PORT='29500.0'"),
+        ({"NNODES": "--1"}, "NNODES='--1'"),
+    ],
+)
+def test_a_bad_environment_is_refused_in_one_line(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_topology({"CUDA_VISIBLE_DEVICES": "", **environ})
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_refused_environment_exits_64(launch: Launch) -> None:
+    code, out, err = end(launch("*:exit=0", NNODES="2"))
+    assert (code, out, err.count("\n")) == (64, "", 1)
+
+
+def test_several_nodes_meet_at_torchs_port_and_one_node_at_a_free_one() -> None:
+    several = read_topology({"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "LOCAL_WORLD_SIZE": "8"})
+    assert (several.world_size, several.port) == (24, 29500)
+    assert several.environ(3)["RANK"] == "11"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", free_port()))
+
+
+def test_cuda_visible_devices_counts_as_cuda_does() -> None:
+    """CUDA stops at the first invalid entry; a machine without a driver has none whatever the variable says."""
+    assert [visible_devices(text) for text in ("0", "0,1", "", "-1", "0,-1,2", "GPU-1,MIG-2", " 3 , 4 ")] == [
+        *(1, 2, 0, 0, 1, 2, 2)
+    ]
+    assert cuda_devices({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+def test_reporting_a_verdict_outside_a_launcher_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    try:
+        report_verdict(1)
+        monkeypatch.setenv("ENTRYPOINT_VERDICT", str(writer))
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        report_verdict(1)
+        os.set_blocking(reader, False)
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+    finally:
+        os.close(reader)
+        os.close(writer)
