@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 # Before anything imports a library that looks: no test reaches for the network or for this machine's AWS keys.
+for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+    del os.environ[name]
 os.environ |= {
     "AWS_CONFIG_FILE": os.devnull,
+    "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "HF_DATASETS_OFFLINE": "1",

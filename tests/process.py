@@ -21,9 +21,7 @@ def scrubbed(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     A value of None removes the variable.
     """
     env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(FOREIGN) and name not in FOREIGN_NAMES
+        name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in FOREIGN_NAMES
     }
     env |= {
         "AWS_CONFIG_FILE": os.devnull,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import os
 import secrets
@@ -41,13 +42,16 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @functools.cached_property
+    def _own(self) -> s3fs.S3FileSystem:
+        return self.fs()
+
     def fs(self, *, key: str | None = None, secret: str | None = None, anon: bool = False) -> s3fs.S3FileSystem:
         """A file system on this server, not shared with other callers; other keys than the right ones on request."""
         keys: dict[str, Any] = {} if anon else {"key": key or self.access_key, "secret": secret or self.secret_key}
         return s3fs.S3FileSystem(
             anon=anon,
             endpoint_url=self.endpoint_url,
-            client_kwargs={"region_name": "us-east-1"},
             skip_instance_cache=True,
             use_listings_cache=False,
             **keys,
@@ -56,16 +60,15 @@ class S3Server:
     def bucket(self, prefix: str = "bucket") -> str:
         """Create an empty bucket and return its name."""
         name = f"{prefix}-{secrets.token_hex(4)}"
-        self.fs().mkdir(name)
+        self._own.mkdir(name)
         return name
 
     def upload(self, folder: Path, bucket: str, prefix: str = "") -> str:
         """Copy a folder's files into a bucket; returns their common `s3://` address."""
         base = f"{bucket}/{prefix}".rstrip("/")
-        fs = self.fs()
         for file in sorted(folder.rglob("*")):
             if file.is_file():
-                fs.put_file(str(file), f"{base}/{file.relative_to(folder).as_posix()}")
+                self._own.put_file(str(file), f"{base}/{file.relative_to(folder).as_posix()}")
         return f"s3://{base}"
 
 

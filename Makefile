@@ -1,0 +1,97 @@
+# Targets for people and for CI; `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+##@ Versions
+# One home each: Python packages in pyproject.toml (all of them, with hashes, in requirements*.lock), uv in .ci/uv.in,
+# Go tools in .ci/tools/NAME/go.mod, the Go compiler for machines without one in .ci/tools/go.in.
+PYTHON_MIN := 3.11
+
+##@ Settings
+# Each can be given on the command line: `make pytest WORKERS=4 PYTEST_ARGS='-k resume'`.
+WORKERS ?= 2        # pytest workers; one thread each, so about one a core
+PYTEST_ARGS ?=
+DATA ?=             # traces for the demo: a folder or s3://…; empty: the ones in the package
+UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml leaves open
+
+PYTHON := .venv/bin/python
+SCHEMA := docs/run.schema.json
+TOOLS := $(notdir $(patsubst %/,%,$(dir $(wildcard .ci/tools/*/go.mod))))
+COMPILE := pip compile --quiet --universal --python-version $(PYTHON_MIN) --generate-hashes --no-emit-index-url --no-header $(if $(strip $(UPGRADE)),--upgrade)
+
+##@ General
+
+.PHONY: help
+help: ## List the targets.
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 } \
+		/^##@ (General|Use|Check|Build)/ { printf "\n%s\n", substr($$0, 5) }' $(MAKEFILE_LIST)
+
+##@ Use
+
+.PHONY: setup
+setup: ## Create .venv from the lock (Python >= 3.11 and nothing else is needed); does nothing when it is up to date.
+	@.ci/setup
+
+.PHONY: demo
+demo: setup ## GRPO and DPO on real traces, with a table before/after; DATA=s3://… takes your own.
+	@$(PYTHON) -m entrypoint.demo --data "$(strip $(DATA))"
+
+.PHONY: bench
+bench: setup ## Measure preparation at scale and the time to the first step; see docs/benchmarks.md.
+	$(PYTHON) -m tests.bench.bench_prepare
+	$(PYTHON) -m tests.bench.bench_start
+
+##@ Check
+
+.PHONY: test
+test: lint typecheck schema-check tools pytest ## Everything that CI runs.
+
+.PHONY: lint
+lint: setup ## Style and format.
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+.PHONY: format
+format: setup ## Mend what the linter can mend, and format.
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+.PHONY: typecheck
+typecheck: setup ## mypy --strict over the package.
+	@$(PYTHON) -m mypy --strict entrypoint
+
+.PHONY: schema-check
+schema-check: setup ## Fail if the committed schema is not the one that the dataclasses give.
+	@$(PYTHON) -m entrypoint.schema | diff -u --label "$(SCHEMA) (committed)" --label "generated; make schema writes it" $(SCHEMA) -
+
+# One thread a worker: torch's pools would fight over the cores. `maxschedchunk` keeps a slow test from hiding behind
+# another; loadgroup keeps tests that share a slow server on one worker.
+.PHONY: pytest
+pytest: setup tools ## The tests alone; PYTEST_ARGS='-m "not slow"' leaves the long ones out.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 $(PYTEST_ARGS)
+
+##@ Build
+
+.PHONY: lock
+lock: ## Resolve the dependencies anew: requirements.lock to run, requirements-dev.lock to develop, uv's and Go's own.
+	.ci/uv $(COMPILE) pyproject.toml --output-file requirements.lock
+	.ci/uv $(COMPILE) pyproject.toml --extra demo --extra dev --constraints requirements.lock --output-file requirements-dev.lock
+	.ci/uv $(COMPILE) .ci/uv.in --output-file .ci/uv.lock
+	.ci/uv $(COMPILE) .ci/tools/go.in --output-file .ci/tools/go.lock
+
+.PHONY: schema
+schema: setup ## Write the JSON Schema of a run file.
+	@$(PYTHON) -m entrypoint.schema >$(SCHEMA).new
+	@mv $(SCHEMA).new $(SCHEMA)
+
+.PHONY: tools
+tools: ## Build the pinned Go tools into the cache, once a pin.
+	@for tool in $(TOOLS); do .ci/tools/build "$$tool" >/dev/null; done
+
+.PHONY: clean
+clean: ## Remove what the targets made in this work tree; the caches outside it stay.
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
