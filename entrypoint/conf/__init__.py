@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -21,35 +21,49 @@ from entrypoint.conf.output import Output
 from entrypoint.conf.tracking import Tracking
 from entrypoint.conf.train import DpoTrain, GrpoTrain, Train
 
-__all__ = ["METHODS", "Checkpoint", "Data", "Dpo", "Grpo", "Lora", "Model", "Output", "Run", "Tracking", "Train"]
+__all__ = [
+    "METHODS",
+    "Checkpoint",
+    "Data",
+    "Dpo",
+    "DpoTrain",
+    "Grpo",
+    "GrpoTrain",
+    "Lora",
+    "Model",
+    "Output",
+    "Run",
+    "Tracking",
+    "Train",
+]
 
 METHODS: dict[str, tuple[type, type[Train]]] = {"grpo": (Grpo, GrpoTrain), "dpo": (Dpo, DpoTrain)}
+DEFAULTS = ["_self_", {"method": "grpo"}, {"train": "${method}"}]  # read top-down
 
 
 @dataclass
 class Run:
     """One run, composed and checked."""
 
-    method: Any = None  # Grpo or Dpo: chosen by the group
+    method: Any = field(default_factory=Grpo)  # Grpo or Dpo: chosen by the group
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    train: Any = None  # GrpoTrain or DpoTrain: follows the method
+    train: Train = field(default_factory=GrpoTrain)  # GrpoTrain or DpoTrain: follows the method
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     output: Output = field(default_factory=Output)
     tracking: Tracking = field(default_factory=Tracking)
 
 
-@dataclass
-class Base(Run):
-    """`Run` with the defaults list, read top-down."""
-
-    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"method": "grpo"}, {"train": "${method}"}])
-
-
 def register() -> None:
-    """Put the groups into Hydra's store."""
+    """Put the groups into Hydra's store.
+
+    As plain values, without their types: OmegaConf's types would turn a reward column `true` into 'True', a consent
+    of 2 into true, and a bad number into "Error merging override". `entrypoint.conf.read` types the composed tree
+    by these dataclasses, exactly and with a better sentence.
+    """
     store = ConfigStore.instance()
-    store.store(name="base", node=Base)
+    rest = {name: value for name, value in asdict(Run()).items() if name not in ("method", "train")}
+    store.store(name="base", node={"defaults": DEFAULTS, **rest})
     for name, (method, train) in METHODS.items():
-        store.store(group="method", name=name, node=method)
-        store.store(group="train", name=name, node=train)
+        store.store(group="method", name=name, node=asdict(method()))
+        store.store(group="train", name=name, node=asdict(train()))

@@ -16,6 +16,7 @@ class Checkpoint:
     keep: int = key(2, "How many of the newest complete checkpoints are kept.", minimum=1)
     resume: str = key(
         "auto",
-        "auto: from the newest complete checkpoint of this run, if there is one; never: from the start; must: or refuse.",
+        "auto: from the newest complete checkpoint of this run, if there is one; never: from the start; must: refuse "
+        "where there is none.",
         choices=("auto", "never", "must"),
     )

@@ -1,16 +1,16 @@
 """`data`: where the labelled traces are and which of their rows count."""
 
+# ruff: noqa: RUF009 (`key` is dataclasses.field under another name)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from entrypoint.conf.key import REQUIRED, key
 
 
 @dataclass
 class Data:
-    path: Any = key(
+    path: str | list[str] = key(
         REQUIRED,
         "Parquet traces: a file, a folder, a glob or a list of these, local or s3://; Hive partitions are read.",
     )
@@ -42,7 +42,7 @@ class Data:
     )
     format: str = key(
         "auto",
-        "What input and output hold: plain `text`, `chat` (JSON list of {role, content}), or `auto`: chat where it parses.",
+        "What input and output hold: `text`, `chat` (a JSON list of {role, content}), or `auto`: chat where it parses.",
         choices=("auto", "text", "chat"),
     )
     date_from: str | None = key(None, "First day that counts, YYYY-MM-DD (UTC), inclusive.")
@@ -54,7 +54,7 @@ class Data:
     )
     logprobs_column: str | None = key(
         None,
-        "GRPO: column of per-token log-probs recorded at sampling; used as behaviour policy where token_ids_column agrees.",
+        "GRPO: column of per-token log-probs recorded at sampling; the behaviour policy where token_ids_column agrees.",
     )
     token_ids_column: str | None = key(None, "GRPO: column of the token ids that logprobs_column belongs to.")
     held_out_share: float = key(

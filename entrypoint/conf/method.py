@@ -16,16 +16,24 @@ class Grpo:
     name: str = key("grpo", "The method's name.", choices=("grpo",))
     kl_coeff: float = key(0.1, "Weight of the KL penalty to the reference policy (beta in the paper).", minimum=0.0)
     clip_range: float = key(
-        0.2, "Clip range of the ratio to the behaviour policy (epsilon in the paper).", above=0.0, below=1.0
+        0.2,
+        "Clip range of the ratio to the behaviour policy (epsilon in the paper), below 1; for cispo the ratio's upper "
+        "limit itself.",
+        above=0.0,
     )
     loss_type: str = key(
         "grpo",
         "TRL's loss and normalisation; dr_grpo's constant is train.max_length.",
         choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
     )
-    max_kl: float = key(10.0, "The run stops as diverged when a step's mean KL, in nats a token, is above this.", above=0.0)
+    max_kl: float = key(
+        10.0, "The run stops as diverged when a step's mean KL, in nats a token, is above this.", above=0.0
+    )
     max_clip_fraction: float = key(
-        0.95, "The run stops as diverged when more than this share of a step's tokens is clipped.", above=0.0, maximum=1.0
+        0.95,
+        "The run stops as diverged when more than this share of a step's tokens is clipped.",
+        above=0.0,
+        maximum=1.0,
     )
     max_ratio: float = key(
         100.0, "The run stops as diverged when a step's mean ratio to the behaviour policy is above this.", above=1.0

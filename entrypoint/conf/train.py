@@ -10,10 +10,12 @@ from entrypoint.conf.key import key
 @dataclass
 class Train:
     batch_size: int = key(32, "Groups (GRPO) or pairs (DPO) of one optimiser step, over all ranks.", minimum=1)
-    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", above=0.0)
+    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", above=0.0, below=1.0)
     max_steps: int | None = key(None, "Optimiser steps; wins over num_epochs.", minimum=1)
     num_epochs: float = key(1.0, "Passes over the training groups, where max_steps is null.", above=0.0)
-    max_length: int = key(4096, "Prompt and response together, in tokens; longer rows are dropped, never cut.", minimum=2)
+    max_length: int = key(
+        4096, "Prompt and response together, in tokens; longer rows are dropped, never cut.", minimum=2
+    )
     precision: str = key(
         "auto",
         "Compute dtype; weights and optimiser state are fp32 everywhere. auto: bf16 on CUDA, fp32 on CPU.",
@@ -34,8 +36,10 @@ class Train:
     eval_steps: int = key(100, "Steps between two held-out evaluations; one before and one after always.", minimum=1)
     eval_pairs: int = key(256, "At most this many held-out pairs are evaluated.", minimum=1)
     seed: int = key(42, "Seed of the order of groups and of a LoRA adapter's start.", minimum=0, maximum=2**32 - 1)
-    weight_decay: float = key(0.0, "Decoupled weight decay of AdamW.", minimum=0.0)
-    warmup_ratio: float = key(0.0, "Share of the steps in which the learning rate rises from 0.", minimum=0.0, below=1.0)
+    weight_decay: float = key(0.0, "Decoupled weight decay of AdamW.", minimum=0.0, maximum=1.0)
+    warmup_ratio: float = key(
+        0.0, "Share of the steps in which the learning rate rises from 0.", minimum=0.0, below=1.0
+    )
     lr_scheduler: str = key(
         "linear", "Learning rate after the warm-up.", choices=("linear", "cosine", "constant", "constant_with_warmup")
     )
@@ -50,4 +54,4 @@ class GrpoTrain(Train):
 
 @dataclass
 class DpoTrain(Train):
-    learning_rate: float = key(5e-7, "Peak learning rate of AdamW.", above=0.0)
+    learning_rate: float = key(5e-7, "Peak learning rate of AdamW.", above=0.0, below=1.0)
