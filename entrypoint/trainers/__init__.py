@@ -1,0 +1,1 @@
+"""TRL's trainers over logged groups: the losses, options and metrics are TRL's, what feeds them is ours."""

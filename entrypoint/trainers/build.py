@@ -1,0 +1,176 @@
+"""From the configuration to a trainer: arguments, adapter, rows, sampler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig, GRPOConfig
+
+from entrypoint.batches import StepSampler, Units, group_units, pair_units
+from entrypoint.conf import Data, Dpo, Grpo, Lora, Run, Train
+from entrypoint.data.groups import Groups
+from entrypoint.data.pairs import pairs_of
+from entrypoint.errors import DataError
+from entrypoint.reference import ReferenceLogProbs
+from entrypoint.trainers.dpo import DpoRows, LoggedDpo
+from entrypoint.trainers.grpo import GrpoRows, LoggedGrpo
+from entrypoint.trainers.whole_batch import Rows, WholeBatch
+from entrypoint.world import World
+
+GRPO_PLACE = 2  # TRL wants a generation batch of whole groups; nothing is generated, so the smallest that it takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: its sampler and the number of optimiser steps."""
+
+    sampler: StepSampler
+    steps: int
+    groups_without_pair: int
+
+    @property
+    def epochs(self) -> float:
+        return self.steps / len(self.sampler)
+
+
+def plan(run: Run, groups: Groups, world: World) -> Plan:
+    """Cut the training groups into steps.
+
+    Raises:
+        DataError: no group makes a pair (DPO).
+    """
+    units, without = _units(run.method, run.data, groups)
+    if not len(units):
+        raise DataError(
+            f"data.path: none of the {len(groups)} training groups has a response with a reward >= "
+            f"{run.data.chosen_threshold} and one < {run.data.rejected_threshold}: DPO has no pair to train on; "
+            "use method=grpo, or set data.chosen_threshold and data.rejected_threshold by these rewards"
+        )
+    train: Train = run.train
+    sampler = StepSampler(
+        groups,
+        units,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        budget=train.micro_batch_tokens,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return Plan(sampler, train.max_steps or math.ceil(train.num_epochs * len(sampler)), without)
+
+
+def _units(method: Grpo | Dpo, data: Data, groups: Groups) -> tuple[Units, int]:
+    if isinstance(method, Grpo):
+        return group_units(groups), 0
+    pairs = pairs_of(
+        groups,
+        chosen_threshold=data.chosen_threshold,
+        rejected_threshold=data.rejected_threshold,
+        pairing=method.pairing,
+        pairs_per_prompt=method.pairs_per_prompt,
+    )
+    return pair_units(groups, pairs), pairs.groups_without
+
+
+def build_trainer(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Groups,
+    reference: ReferenceLogProbs,
+    *,
+    steps: int,
+    world: World,
+    callbacks: list[TrainerCallback],
+) -> tuple[WholeBatch, Rows]:
+    """The method's trainer, not yet fed, and the rows it is to be fed with."""
+    pad = pad_id(tokenizer)
+    if run.model.lora.enabled:
+        model = with_adapter(model, run.model.lora, seed=run.train.seed)
+    common = {
+        "model": model,
+        "train_dataset": groups.dataset,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    arguments = training_arguments(run.train, folder=Path(str(run.checkpoint.path)), steps=steps, save_every=run.checkpoint.save_every)
+    if isinstance(run.method, Grpo):
+        grpo = GRPOConfig(
+            **arguments,
+            per_device_train_batch_size=GRPO_PLACE,
+            num_generations=GRPO_PLACE,
+            epsilon=run.method.clip_range,
+            loss_type=run.method.loss_type,
+            max_completion_length=run.train.max_length,  # dr_grpo's constant
+            disable_dropout=True,
+        )
+        return LoggedGrpo(run.method, args=grpo, **common), GrpoRows(groups, reference, pad=pad, world_size=world.size)
+    dpo = DPOConfig(
+        **arguments,
+        per_device_train_batch_size=1,
+        beta=run.method.beta,
+        loss_type=[run.method.loss_type],
+        label_smoothing=run.method.label_smoothing,
+        max_length=None,
+        disable_dropout=True,
+    )
+    return LoggedDpo(args=dpo, **common), DpoRows(groups, reference, pad=pad)
+
+
+def training_arguments(train: Train, *, folder: Path, steps: int, save_every: int) -> dict[str, Any]:
+    """What both trainers' arguments share."""
+    cuda = torch.cuda.is_available()
+    sharded = train.sharding == "fsdp" or (train.sharding == "auto" and cuda and _world_size() > 1)
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler,
+        "warmup_steps": math.ceil(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": train.seed,
+        "bf16": train.precision == "bf16" or (train.precision == "auto" and cuda),
+        "activation_checkpointing": train.gradient_checkpointing == "always"
+        or (train.gradient_checkpointing == "auto" and cuda),
+        "use_cpu": not cuda,
+        "fsdp": sharded,
+        "fsdp_config": {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if sharded else None,
+        "ddp_timeout": train.collective_timeout,
+        # A forward that syncs buffers would be a collective, and ranks evaluate unequal numbers of rows.
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,  # a NaN is shown, not smoothed over
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def with_adapter(model: PreTrainedModel, lora: Lora, *, seed: int) -> Any:
+    """The model under a LoRA adapter on all its linear layers; at the start it computes what the base computes."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills a row; masked everywhere, so any will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad)
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -1,0 +1,136 @@
+"""The ranks of a run: who this process is, and how one rank does for all what only one may do.
+
+Waiting goes through the rendezvous store, not through a collective: rank 0 may read traces for an hour, and no
+collective's timeout should know of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from entrypoint.errors import RunError
+
+WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
+FAREWELL_SECONDS = 10  # rank 0 keeps the store open this long, so that the others learn why it leaves
+
+
+class RefusedElsewhere(RunError):
+    """Rank 0 has refused the run and said why; the other ranks leave with its exit code."""
+
+
+@dataclass
+class World:
+    """This rank among `size` ranks; `store` is None where it is alone.
+
+    `once` and `barrier` are meetings: every rank must come to all of them, in the same order.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    store: dist.Store | None
+    meetings: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives on rank 0, on every rank, as JSON; the others wait as long as it takes.
+
+        Raises:
+            RunError: what `make` raised on rank 0; RefusedElsewhere with its exit code on the others.
+        """
+        if self.store is None:
+            return make()
+        name = self._meeting()
+        if not self.is_main:
+            return self._await(name)
+        try:
+            made = make()
+        except RunError as error:
+            self.store.set(name, json.dumps({"exit_code": error.exit_code, "error": str(error)}))
+            self._farewell(name)
+            raise
+        self.store.set(name, json.dumps({"made": made}))
+        return made
+
+    def barrier(self) -> None:
+        """Wait for every rank, outside any collective."""
+        if self.store is None:
+            return
+        name = self._meeting()
+        if self.store.add(f"{name}/arrived", 1) == self.size:
+            self.store.set(f"{name}/all", "1")
+        self.store.wait([f"{name}/all"], timedelta(days=WAIT_DAYS))
+
+    def _meeting(self) -> str:
+        self.meetings += 1
+        return f"meeting-{self.meetings}"
+
+    def _await(self, name: str) -> Any:
+        assert self.store is not None
+        self.store.wait([name], timedelta(days=WAIT_DAYS))
+        said = json.loads(self.store.get(name))
+        if "error" not in said:
+            return said["made"]
+        self.store.add(f"{name}/heard", 1)
+        error = RefusedElsewhere(f"rank 0 refused the run: {said['error']}")
+        error.exit_code = said["exit_code"]
+        raise error
+
+    def _farewell(self, name: str) -> None:
+        assert self.store is not None
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self.store.add(f"{name}/heard", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # polling a counter of another process; bounded by the deadline
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def joined(collective_timeout: int) -> Iterator[World]:
+    """Join the run's ranks as RANK, LOCAL_RANK and WORLD_SIZE say, and leave them in order.
+
+    Args:
+        collective_timeout: seconds after which a collective gives up on a lost rank.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if size == 1:
+        # accelerate makes a process group and DDP even for a lone rank where it sees these.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        yield World(rank, local_rank, size, None)
+        return
+    store, rank, size = next(iter(dist.rendezvous("env://", rank, size)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=collective_timeout),
+    )
+    world = World(rank, local_rank, size, dist.PrefixStore("world", store))
+    yield world
+    # Only a run that went well: a barrier after an error would hide it behind a time-out. Without the barrier a
+    # fast rank's leaving aborted a slow one (1 of 12 runs, SIGABRT after the results were written).
+    world.barrier()
+    dist.destroy_process_group()
