@@ -28,6 +28,14 @@ from tests.servers.mlflow import mlflow_server as start_mlflow_server
 from tests.servers.s3 import S3Server, s3_server
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a server which is slow to start run on one worker (`--dist loadgroup`)."""
+    for item in items:
+        if "mlflow_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("mlflow"))
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server that refuses wrong keys and anonymous access."""
