@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def test_a_go_tool_is_one_package_with_its_sums(pin: Path) -> None:
     modules = re.findall(r"^(?:require )?\s*(\S+) v\d\S*", pin.read_text(), re.M)
     assert any(f"{package}/".startswith(f"{module}/") for module in modules)
     assert (pin.parent / "go.sum").stat().st_size
+
+
+def test_what_pip_was_told_of_indexes_and_certificates_uv_is_told_too(tmp_path: Path) -> None:
+    translate = runpy.run_path(str(ROOT / ".ci/pip_config.py"))["uv_variables"]
+    told = {
+        "index-url": "https://mirror.example/simple",
+        "extra-index-url": "https://a.example/simple\nhttps://b.example/simple",
+        "find-links": f"{tmp_path} {tmp_path}/none",  # pip passes over a folder that is not there; uv would stop
+        "cert": "/etc/ca.pem",
+        "timeout": "60",
+        "no-index": "false",
+    }
+    assert translate(told) == {
+        "UV_DEFAULT_INDEX": "https://mirror.example/simple",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_FIND_LINKS": str(tmp_path),
+        "SSL_CERT_FILE": "/etc/ca.pem",
+        "UV_HTTP_TIMEOUT": "60",
+    }
+    assert translate({}) == {}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 Probe = Callable[[], bool]
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 def free_port() -> int:
@@ -39,12 +42,19 @@ def serve(
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         _await(child, ready, timeout, log)
         yield child.pid
     finally:
         _end(child)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes the server: a test run that is killed leaves no server behind (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _await(child: subprocess.Popen[bytes], ready: Probe, timeout: float, log: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from botocore.exceptions import FlexibleChecksumError
 
 from tests.servers.mlflow import MlflowServer
-from tests.servers.s3 import S3Server, s3_server
+from tests.servers.s3 import ROOT, S3Server, s3_server
 from tests.servers.server import serve
 
 
@@ -74,6 +79,25 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path: Path) -> 
         serve(command, env=os.environ, log=tmp_path / "log", ready=lambda: False, timeout=10),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a parent-death signal")
+def test_a_server_ends_when_the_tests_are_killed(tmp_path: Path) -> None:
+    program = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from tests.servers.server import serve
+        log = Path(sys.argv[1])
+        with serve(["sleep", "600"], env=os.environ, log=log, ready=lambda: True, timeout=10) as pid:
+            print(pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "log"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(killed.stdout)).wait(10)
 
 
 @pytest.mark.slow
