@@ -15,11 +15,12 @@ import signal
 import stat
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 
 from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from entrypoint.rank_process import STDERR, STDOUT, VERDICT_VARIABLE, Output, RankProcess, start_rank
+from entrypoint.rank_process import LAUNCH_VARIABLE, STDERR, STDOUT, VERDICT_VARIABLE, Output, RankProcess, start_rank
 from entrypoint.topology import Topology, read_topology
 
 PATIENCE = 30.0  # seconds: what siblings get after a crash or a 64, and a rank to leave after its verdict
@@ -115,7 +116,7 @@ class _Gang:
         return [rank for rank in self.ranks if rank.ended is None]
 
     def start(self, module: str, argv: Sequence[str], environ: Mapping[str, str], topology: Topology) -> None:
-        base = {**environ, "PYTHONUNBUFFERED": environ.get("PYTHONUNBUFFERED", "1")}
+        base = {"PYTHONUNBUFFERED": "1", **environ, LAUNCH_VARIABLE: uuid.uuid4().hex}
         if topology.local_ranks > 1:  # else every rank would start a thread on every core
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
             base.setdefault("OMP_NUM_THREADS", str(max(1, cores // topology.local_ranks)))

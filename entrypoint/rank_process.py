@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 VERDICT_VARIABLE = "ENTRYPOINT_VERDICT"  # number of the inherited descriptor that a rank writes its exit code to
+LAUNCH_VARIABLE = "ENTRYPOINT_LAUNCH"  # tells one start of this node's ranks from another
 STDOUT, STDERR = 1, 2
 LONGEST_LINE = 1 << 16  # bytes; a longer one is cut into lines of its own
 

@@ -26,6 +26,7 @@ ATTEMPTS = 3  # botocore's, with its backoff and jitter: 5xx, throttling, connec
 ROUNDS = 2  # s3fs's around those: bodies that break off
 BLOCK = 1 << 20
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # s3fs's own have a cause or no number
 BAD_CREDENTIALS = {
     "ExpiredToken",
     "InvalidAccessKeyId",
@@ -33,6 +34,7 @@ BAD_CREDENTIALS = {
     "InvalidToken",
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
+    "XAdminUserNotFound",  # versitygw's InvalidAccessKeyId
 }
 TEMPORARY_CODES = {
     "500",
@@ -118,8 +120,12 @@ def temporary(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(url: str, kind: type[RunError]) -> Iterator[None]:
+def explained(url: str, kind: type[RunError], *, local: Path | None = None) -> Iterator[None]:
     """Turn a storage failure inside the block into `kind` with one line; programming errors pass as they are.
+
+    Args:
+        url: where the block reads or writes.
+        local: for a copy from or to S3, the local end: a full or closed disk is told by its name.
 
     Raises:
         RunError: of the given kind.
@@ -129,7 +135,8 @@ def explained(url: str, kind: type[RunError]) -> Iterator[None]:
     except Exception as error:
         if not _is_storage_error(error):
             raise
-        raise kind(explain(error, url)) from error
+        on_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.__cause__ is None
+        raise kind(explain(error, str(local) if local and on_disk else url)) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -186,7 +193,7 @@ def _unreachable(error: BaseException) -> bool:
         return True
     from botocore import exceptions as boto
 
-    # ConnectionError here is botocore's: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
+    # botocore's own ConnectionError: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
     return isinstance(error, (boto.ConnectionError, boto.HTTPClientError))
 
 
