@@ -1,0 +1,1 @@
+"""The demo: a small real model, traces sampled from it, and both methods run on them."""
