@@ -6,7 +6,7 @@ import os
 import sys
 
 from entrypoint.config import load
-from entrypoint.errors import RunError
+from entrypoint.errors import RefusedElsewhere, RunError
 from entrypoint.launcher import launch, report_verdict
 
 
@@ -20,9 +20,18 @@ def main(argv: list[str]) -> int:
 
         run_rank(run)
     except RunError as error:
-        print(f"entrypoint: {error}", file=sys.stderr, flush=True)
+        explain(error)
         return error.exit_code
     return 0
+
+
+def explain(error: RunError) -> None:
+    """Say what ended the run, in one line that is the log's last; where rows were dropped, their table before it."""
+    if isinstance(error, RefusedElsewhere) and os.environ.get("LOCAL_RANK") != "0":
+        return  # rank 0 of this node has said it, or the first rank of another
+    if table := getattr(error, "table", ""):
+        print(table, flush=True)
+    print(f"entrypoint: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

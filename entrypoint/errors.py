@@ -35,6 +35,10 @@ class DivergedError(RunError):
     """The optimisation has left the region where its numbers mean anything."""
 
 
+class RefusedElsewhere(RunError):
+    """Rank 0 has refused the run and said why; the other ranks leave with its exit code."""
+
+
 class StoppedError(RunError):
     """The run was told to stop and has saved: the same command goes on from there."""
 

@@ -18,14 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from entrypoint.errors import RunError
+from entrypoint.errors import RefusedElsewhere, RunError
 
 WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
 FAREWELL_SECONDS = 10  # rank 0 keeps the store open this long, so that the others learn why it leaves
-
-
-class RefusedElsewhere(RunError):
-    """Rank 0 has refused the run and said why; the other ranks leave with its exit code."""
 
 
 @dataclass
@@ -94,6 +90,11 @@ class World:
         deadline = time.monotonic() + FAREWELL_SECONDS
         while self.store.add(f"{name}/heard", 0) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)  # polling a counter of another process; bounded by the deadline
+
+    def say(self, line: str) -> None:
+        """Print a line of the run's log, on rank 0."""
+        if self.is_main:
+            print(line, flush=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` summed over the ranks, in place."""

@@ -135,7 +135,7 @@ def training_arguments(train: Train, *, folder: Path, steps: int, save_every: in
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "seed": train.seed,
-        "bf16": train.precision == "bf16" or (train.precision == "auto" and cuda),
+        "bf16": compute_dtype(train) == "bf16",
         "activation_checkpointing": train.gradient_checkpointing == "always"
         or (train.gradient_checkpointing == "auto" and cuda),
         "use_cpu": not cuda,
@@ -153,6 +153,13 @@ def training_arguments(train: Train, *, folder: Path, steps: int, save_every: in
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+
+
+def compute_dtype(train: Train) -> str:
+    """The dtype of the forward pass: what `precision: auto` means on this machine."""
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def with_adapter(model: PreTrainedModel, lora: Lora, *, seed: int) -> Any:

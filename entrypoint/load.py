@@ -1,0 +1,127 @@
+"""Load: the base model's files, the prepared traces and what is there of this run already, on every rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from entrypoint.checkpoint import Checkpoints
+from entrypoint.conf import Run
+from entrypoint.config import fingerprint_keys
+from entrypoint.data.locations import find_files
+from entrypoint.data.prepare import Prepared, load_prepared, prepare, prepared_key
+from entrypoint.errors import ModelError
+from entrypoint.model_files import fetch_model, model_identity
+from entrypoint.output import claim_output
+from entrypoint.world import World
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run starts from."""
+
+    model_folder: Path
+    model_identity: str
+    tokenizer: PreTrainedTokenizerBase
+    traces: Prepared
+    fingerprint: dict[str, Any]
+    checkpoints: Checkpoints
+    resume_from: Path | None
+    cache: Path
+
+    def reference_folder(self, dtype: str) -> Path:
+        """Where this model's log-probs of these traces are kept, computed in `dtype`."""
+        return self.cache / f"reference-{self.model_identity[:16]}-{dtype}"
+
+    @property
+    def resume_step(self) -> int:
+        """Steps that are done already."""
+        return int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
+
+
+def load(run: Run, world: World) -> Loaded | None:
+    """Everything but the model's weights; None where this run's output is complete already.
+
+    Rank 0 reads the traces, once, into a folder that all ranks see; a restart finds them there.
+
+    Raises:
+        RunError: something of it can't be used; see `World.once` for the other ranks.
+    """
+    folder = fetch_model(run.model.path, run.data.endpoint_url, run.model.cache_path, os.environ)
+    tokenizer = load_tokenizer(folder)
+    cache = Path(str(run.data.cache_path))
+    checkpoint_folder = Path(str(run.checkpoint.path))
+
+    def once() -> dict[str, Any]:
+        """What rank 0 does for all."""
+        files = find_files(run.data.path, run.data.endpoint_url)
+        key = prepared_key(files, run.data, run.train.max_length, tokenizer)
+        identity = model_identity(folder)
+        fingerprint = {**fingerprint_keys(run), "traces": key, "model": identity}
+        if claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
+            return {"done": True}
+        checkpoint_folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(checkpoint_folder, keep=run.checkpoint.keep, fingerprint=fingerprint, world=world)
+        found = checkpoints.find(run.checkpoint.resume)
+        prepare(run.data, run.train.max_length, tokenizer, cache)
+        return {
+            "key": key,
+            "identity": identity,
+            "fingerprint": fingerprint,
+            "resume_from": str(found) if found else None,
+        }
+
+    said = world.once(once)
+    if said.get("done"):
+        return None
+    return Loaded(
+        model_folder=folder,
+        model_identity=said["identity"],
+        tokenizer=tokenizer,
+        traces=load_prepared(cache, said["key"]),
+        fingerprint=said["fingerprint"],
+        checkpoints=Checkpoints(
+            checkpoint_folder, keep=run.checkpoint.keep, fingerprint=said["fingerprint"], world=world
+        ),
+        resume_from=Path(said["resume_from"]) if said["resume_from"] else None,
+        cache=cache / said["key"],
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the model.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises anything, from OSError to KeyError
+        raise ModelError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
+    return tokenizer
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The base model in fp32: at a learning rate of 5e-7 a bf16 weight would not move.
+
+    Raises:
+        ModelError: it can't be read, or not without code that comes with it.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(f"{folder}: the model can't be read: {_first_line(error)}") from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,142 @@
+"""One rank of a run, in the order of time: load, build, train, save."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what it was given, and nothing else
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each start to its makers otherwise
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import datasets
+import transformers
+
+from entrypoint.conf import Run
+from entrypoint.course import Course
+from entrypoint.errors import StoppedError
+from entrypoint.evaluation import held_out
+from entrypoint.hand_off import hand_off
+from entrypoint.load import Loaded, load, load_model
+from entrypoint.reference import ReferenceLogProbs
+from entrypoint.session import Session
+from entrypoint.tracking import Tracker
+from entrypoint.trainers.build import Plan, build_trainer, compute_dtype, pad_id, plan
+from entrypoint.world import World, joined
+
+MANY_EPOCHS = 10  # more passes over the same traces than this are seldom meant
+
+
+def run_rank(run: Run) -> None:
+    """Be one rank of `run`, as the environment says which.
+
+    Raises:
+        RunError: an end with its exit code; StoppedError after a signal, when all is saved.
+    """
+    _quiet_libraries()
+    with joined(run.train.collective_timeout) as world:
+        loaded = load(run, world)
+        if loaded is None:
+            world.say(f"{run.output.path}: holds this run's complete output already; nothing to do")
+            return
+        session = build(run, loaded, world)
+        train(session)
+        hand_off(session)
+
+
+def build(run: Run, loaded: Loaded, world: World) -> Session:
+    """The trainer, fed with the traces' groups, and what judges it.
+
+    Raises:
+        DataError: no step can be made of the groups.
+    """
+    steps = plan(run, loaded.traces.train, world)
+    held = held_out(loaded.traces.held_out, run.data, limit=run.train.eval_pairs)
+    if world.is_main:
+        report(run, loaded, steps, pairs=len(held))
+    tracker = Tracker(run, resumed_at=loaded.resume_step, total_steps=steps.steps) if world.is_main else None
+    course = Course(eval_steps=run.train.eval_steps, tracker=tracker)
+    log_probs = loaded.reference_folder(compute_dtype(run.train))
+    reference = ReferenceLogProbs(log_probs / "train")
+    trainer, rows = build_trainer(
+        run,
+        load_model(loaded.model_folder),
+        loaded.tokenizer,
+        loaded.traces.train,
+        reference,
+        steps=steps.steps,
+        world=world,
+        callbacks=[course],
+    )
+    session = Session(
+        run=run,
+        loaded=loaded,
+        world=world,
+        trainer=trainer,
+        plan=steps,
+        held=held,
+        reference=reference,
+        held_reference=ReferenceLogProbs(log_probs / "held_out"),
+        course=course,
+        tracker=tracker,
+        pad=pad_id(loaded.tokenizer),
+    )
+    course.evaluate = session.evaluate
+    trainer.feed(
+        steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base
+    )
+    return session
+
+
+def train(session: Session) -> None:
+    """All steps, from the newest checkpoint on, and the metrics after.
+
+    Raises:
+        StoppedError: told to stop; saved.
+        DivergedError: the numbers left the region where they mean anything.
+    """
+    started = time.monotonic()
+    resume = session.loaded.resume_from
+    if resume:
+        session.world.say(f"resuming from {resume}")
+    session.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    session.seconds = time.monotonic() - started
+    if session.course.stopped:
+        raise StoppedError(
+            f"stopped by a signal at step {session.trainer.state.global_step} of {session.plan.steps}, saved in "
+            f"{session.loaded.checkpoints.folder}; start the same command again to go on"
+        )
+    session.after = session.evaluate()
+
+
+def report(run: Run, loaded: Loaded, steps: Plan, *, pairs: int) -> None:
+    """What the run is about to do, and what of it is seldom meant; on rank 0."""
+    counts = loaded.traces.counts
+    print(counts.text(), flush=True)
+    unit = "groups" if run.method.name == "grpo" else "pairs"
+    print(
+        f"{run.method.name}: {len(steps.sampler.units):,} {unit}, {steps.steps:,} steps of up to "
+        f"{run.train.batch_size}, {steps.epochs:.2f} epochs; {pairs:,} held-out pairs",
+        flush=True,
+    )
+    warnings = []
+    if steps.groups_without_pair:
+        warnings.append(f"{steps.groups_without_pair:,} training groups make no pair and are not trained on")
+    if steps.epochs > MANY_EPOCHS:
+        warnings.append(
+            f"train.max_steps={steps.steps} means {steps.epochs:.1f} epochs over the same traces; "
+            f"{len(steps.sampler)} steps are one epoch"
+        )
+    if not pairs:
+        warnings.append("no held-out group makes a pair: the run is not evaluated; see data.held_out_share")
+    warnings += counts.warnings(run.data)
+    for warning in warnings:
+        print(f"entrypoint: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _quiet_libraries() -> None:
+    """Leave the log to what this run has to say."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,127 @@
+"""Order, dealing and micro-batches: every sequence of a step is computed exactly once, wherever that is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from entrypoint.batches import MicroBatch, StepSampler, deal, group_units, pack, pair_units
+from entrypoint.data.groups import Groups
+from entrypoint.data.pairs import Pairs, pairs_of
+from tests.trainers.sample_groups import ragged_groups
+
+
+def sampler(groups: Groups, *, batch_size: int = 4, rank: int = 0, world: int = 1, budget: int = 100, **kwargs: int):
+    units = group_units(groups)
+    seed = kwargs.get("seed", 42)
+    return StepSampler(
+        groups, units, batch_size=batch_size, seed=seed, budget=budget, rank=rank, world_size=world
+    )
+
+
+def all_pairs(groups: Groups) -> Pairs:
+    return pairs_of(groups, chosen_threshold=0.5, rejected_threshold=0.5, pairing="all", pairs_per_prompt=4)
+
+
+def test_longest_first_to_the_least_loaded_by_hand() -> None:
+    # 7 -> rank 0; 5 -> rank 1; 4 -> rank 1 (5 < 7) = 9; 3 -> rank 0 = 10; 1 -> rank 1 = 10
+    assert deal([3, 7, 4, 1, 5], 2) == [[1, 0], [4, 2, 3]]
+
+
+def test_equal_costs_are_dealt_in_turn() -> None:
+    assert deal([2, 2, 2, 2], 3) == [[0, 3], [1], [2]]
+
+
+def test_a_batch_is_cut_where_rows_times_longest_would_exceed_the_budget() -> None:
+    lengths = np.array([10, 9, 5, 5, 30])
+    # 2 x 10 = 20 fits, 3 x 10 does not; 5 and 5 fit; 30 is over the budget and alone
+    assert pack([[0], [1], [2], [3], [4]], lengths, 20) == [[0, 1], [2, 3], [4]]
+
+
+def test_an_atom_stays_together() -> None:
+    assert pack([[0, 1], [2, 3]], np.array([4, 4, 4, 4]), 12) == [[0, 1], [2, 3]]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    groups = ragged_groups(13)
+    first = [s.tolist() for s in sampler(groups).steps(3)]
+    assert first == [s.tolist() for s in sampler(groups, rank=2, world=3, budget=7).steps(3)]
+    assert first != [s.tolist() for s in sampler(groups).steps(4)]
+    assert first != [s.tolist() for s in sampler(groups, seed=43).steps(3)]
+
+
+def test_the_smaller_last_batch_of_an_epoch_is_kept() -> None:
+    steps = sampler(ragged_groups(13), batch_size=4).steps(0)
+    assert [len(step) for step in steps] == [4, 4, 4, 1]
+    assert sorted(np.concatenate(steps)) == list(range(13))
+
+
+def test_pairs_of_a_group_are_neighbours_and_batches_are_exact() -> None:
+    groups = ragged_groups(13)
+    units = pair_units(groups, all_pairs(groups))
+    assert len(units) > 13
+    steps = StepSampler(groups, units, batch_size=3, seed=1, budget=90, rank=0, world_size=1).steps(0)
+    assert {len(step) for step in steps[:-1]} == {3}
+    order = units.group[np.concatenate(steps)].tolist()
+    runs = 1 + sum(a != b for a, b in pairwise(order))
+    assert runs == len(set(order))  # each group appears in one run
+
+
+def test_a_pair_unit_is_its_chosen_then_its_rejected_response() -> None:
+    groups = Groups.from_lists(
+        [
+            {"prompt_ids": [1], "response_ids": [[2], [3], [4]], "rewards": [0.9, 0.6, 0.1]},
+            {"prompt_ids": [1], "response_ids": [[5], [6]], "rewards": [0.8, 0.2]},
+        ]
+    )
+    found = pairs_of(groups, chosen_threshold=0.7, rejected_threshold=0.5, pairing="ranked", pairs_per_prompt=4)
+    units = pair_units(groups, found)
+    assert units.of(0).tolist() == [0, 2]
+    assert units.of(1).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 24, 40])
+@pytest.mark.parametrize("kind", ["groups", "pairs"])
+def test_ranks_share_a_step_without_loss_or_repetition(world: int, kind: str) -> None:
+    groups = ragged_groups(32)
+    units = group_units(groups) if kind == "groups" else pair_units(groups, all_pairs(groups))
+    step_sampler = StepSampler(groups, units, batch_size=32, seed=0, budget=120, rank=0, world_size=world)
+    for step in step_sampler.steps(0):
+        ranks = step_sampler.micro_batches(step)
+        assert len(ranks) == world
+        assert len({len(rank) for rank in ranks}) == 1  # equally many forward calls
+        got = sorted(r for rank in ranks for micro in rank for r in micro.responses)
+        wanted = sorted(int(r) for unit in step for r in units.of(int(unit)))
+        assert got == wanted
+        sequences = len(wanted) // units.atom
+        tokens = int(groups.response_lengths[wanted].sum())
+        assert {(m.step_sequences, m.step_tokens) for rank in ranks for m in rank} == {(sequences, tokens)}
+
+
+def test_micro_batches_stay_within_the_budget() -> None:
+    groups = ragged_groups(32)
+    step_sampler = sampler(groups, batch_size=32, budget=150, world=2)
+    for rank in step_sampler.micro_batches(step_sampler.steps(0)[0]):
+        for micro in rank:
+            if len(micro.responses) > 1:
+                assert len(micro.responses) * step_sampler.lengths[list(micro.responses)].max() <= 150
+
+
+def test_iterating_gives_this_ranks_part_of_the_set_epoch() -> None:
+    groups = ragged_groups(9)
+    mine = sampler(groups, rank=1, world=2)
+    mine.set_epoch(5)
+    wanted = [mine.micro_batches(step)[1] for step in mine.steps(5)]
+    assert list(mine) == wanted
+    assert len(mine) == len(wanted) == 3
+    assert isinstance(wanted[0][0], MicroBatch)
+
+
+def test_visited_names_what_the_first_steps_compute() -> None:
+    groups = ragged_groups(13)
+    step_sampler = sampler(groups)
+    wanted = sorted(int(r) for step in step_sampler.steps(0)[:2] for u in step for r in step_sampler.units.of(int(u)))
+    assert step_sampler.visited(2).tolist() == wanted
+    assert step_sampler.visited(100).tolist() == list(range(groups.offsets[-1]))
