@@ -14,6 +14,7 @@ PYTHON_MIN := 3.11
 WORKERS ?= 2        # pytest workers; one thread each, so about one a core
 PYTEST_ARGS ?=
 DATA ?=             # traces for the demo: a folder or s3://…; empty: the ones in the package
+ENDPOINT_URL ?=     # S3 endpoint of DATA, where it is not AWS's own
 UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml leaves open
 
 PYTHON := .venv/bin/python
@@ -37,7 +38,7 @@ setup: ## Create .venv from the lock (Python >= 3.11 and nothing else is needed)
 
 .PHONY: demo
 demo: setup ## GRPO and DPO on real traces, with a table before/after; DATA=s3://… takes your own.
-	@$(PYTHON) -m entrypoint.demo --data "$(strip $(DATA))"
+	@$(PYTHON) -m entrypoint.demo $(if $(strip $(DATA)),--data "$(strip $(DATA))") $(if $(strip $(ENDPOINT_URL)),--endpoint-url "$(strip $(ENDPOINT_URL))")
 
 .PHONY: bench
 bench: setup ## Measure preparation at scale and the time to the first step; see docs/benchmarks.md.
