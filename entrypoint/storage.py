@@ -89,7 +89,7 @@ def filesystem(url: str, endpoint_url: str | None = None) -> AbstractFileSystem:
 
 def explain(error: BaseException, url: str) -> str:
     """One line: where, what was refused and what to do, for a failure of s3fs, botocore or the local disk."""
-    code, message = _code(error), " ".join(str(error).split()) or type(error).__name__
+    code, message = error_code(error), " ".join(str(error).split()) or type(error).__name__
     name = type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if code in BAD_CREDENTIALS:
@@ -116,7 +116,7 @@ def explain(error: BaseException, url: str) -> str:
 
 def temporary(error: BaseException) -> bool:
     """Whether the same request may well succeed later: an unreachable, overloaded or broken server."""
-    return _unreachable(error) or _code(error) in TEMPORARY_CODES
+    return _unreachable(error) or error_code(error) in TEMPORARY_CODES
 
 
 @contextmanager
@@ -179,8 +179,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__
 
 
-def _code(error: BaseException) -> str:
-    """The S3 error code: s3fs keeps botocore's ClientError as the cause of its OSError."""
+def error_code(error: BaseException) -> str:
+    """The S3 error code, or "": s3fs keeps botocore's ClientError as the cause of its OSError."""
     for link in _chain(error):
         response: Any = getattr(link, "response", None)
         if isinstance(response, dict):
