@@ -1,0 +1,121 @@
+"""Reads trace files as record batches in one normal form, whatever types the files use; nothing is dropped here.
+
+All files' rows are numbered through, in the order of the files. A wrong type, a missing column and a torn file are
+named, also when the damage shows only in the middle of a column.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entrypoint.data.columns import Columns, check, normalise
+from entrypoint.data.locations import Opener, TraceFile
+from entrypoint.errors import DataError
+from entrypoint.storage import explained
+
+BATCH_ROWS = 16_384
+BATCH_BYTES = 64 << 20  # of a batch's columns; rows that are longer than usual come in smaller batches
+PREFETCH_BYTES = 256 << 20  # a row group's columns are fetched whole, in few requests, up to this compressed size
+STREAM_BYTES = 8 << 20  # a larger one is read column by column in pieces of this size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows `start`.. of all files. `columns` has the normal form of every column that the file has, by name."""
+
+    file: TraceFile
+    start: int
+    rows: int
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file whose rows need no reading."""
+
+    file: TraceFile
+    start: int
+    rows: int
+
+
+class Scan:
+    """The rows of all files, in order. After a pass, `source` says where a row is."""
+
+    def __init__(self, files: Sequence[TraceFile], columns: Columns, opener: Opener) -> None:
+        self.files = files
+        self.columns = columns
+        self.starts: list[int] = []
+        self._open = opener
+
+    def batches(self, unread: frozenset[str] = frozenset()) -> Iterator[Batch | Unread]:
+        """Every row once; of files whose path is in `unread` only the number of rows is looked up.
+
+        Raises:
+            DataError: a file is torn, lacks a column, has one of a wrong type, or can't be read.
+        """
+        start = 0
+        self.starts = []
+        for file in self.files:
+            self.starts.append(start)
+            with explained(file.path, DataError), _named(file), self._open(file) as opened:
+                metadata = pq.read_metadata(opened)
+                if file.path in unread:
+                    yield Unread(file, start, metadata.num_rows)
+                else:
+                    yield from self._read(file, opened, metadata, start)
+                start += metadata.num_rows
+
+    def source(self, row: int) -> str:
+        """`s3://bucket/key.parquet row 41` for the number of a row; a file's first row is row 0."""
+        number = bisect.bisect_right(self.starts, row) - 1
+        return f"{self.files[number].path} row {row - self.starts[number]}"
+
+    def _read(self, file: TraceFile, opened: Any, metadata: pq.FileMetaData, start: int) -> Iterator[Batch]:
+        kinds = check(file, metadata.schema.to_arrow_schema(), self.columns)
+        row = start
+        for group in range(metadata.num_row_groups):
+            packed, unpacked, rows = _sizes(metadata.row_group(group), kinds)
+            batch_rows = max(64, min(BATCH_ROWS, BATCH_BYTES * rows // max(unpacked, 1)))
+            whole = packed <= PREFETCH_BYTES
+            # A reader for each row group: what a reader has pre-buffered stays in memory until it goes.
+            reader = pq.ParquetFile(
+                opened,
+                metadata=metadata,
+                pre_buffer=whole,
+                buffer_size=0 if whole else STREAM_BYTES,
+                page_checksum_verification=True,
+            )
+            for batch in reader.iter_batches(batch_rows, row_groups=[group], columns=list(kinds)):
+                yield Batch(file, row, batch.num_rows, normalise(file, batch, kinds, row - start))
+                row += batch.num_rows
+        if row - start != metadata.num_rows:
+            raise pa.ArrowInvalid(f"{row - start} rows where the footer says {metadata.num_rows}")
+
+
+def _sizes(group: pq.RowGroupMetaData, names: Any) -> tuple[int, int, int]:
+    """Compressed and plain bytes of the columns `names`, and rows, of a row group."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    wanted = [column for column in columns if column.path_in_schema.split(".")[0] in names]
+    packed = sum(column.total_compressed_size for column in wanted)
+    return packed, sum(column.total_uncompressed_size for column in wanted), group.num_rows
+
+
+@contextmanager
+def _named(file: TraceFile) -> Iterator[None]:
+    """Name a damaged file. Arrow has no type for damage: it raises an ArrowException, or an OSError without number."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or error.__cause__ is not None):
+            raise  # of the storage
+        message = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{file.path}: torn or not Parquet ({message}); expected a whole file; write it anew or leave it out"
+        ) from error
