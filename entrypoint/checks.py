@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from entrypoint.conf import Data, Run, Train
 from entrypoint.errors import ConfigError
-from entrypoint.places import check_places
+from entrypoint.places import check_places, check_sources, sources_of
 from entrypoint.storage import is_s3
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -44,15 +44,9 @@ def check(run: Run) -> list[str]:
     return warnings
 
 
-def data_paths(data: Data) -> list[str]:
-    """`data.path` as a list."""
-    return [data.path] if isinstance(data.path, str) else list(data.path)
-
-
 def _check_urls(run: Run, warn: Callable[[str], None]) -> None:
-    _check_url("data.endpoint_url", run.data.endpoint_url, bare=True)
     _check_url("tracking.mlflow_uri", run.tracking.mlflow_uri, bare=False)
-    addresses = [*data_paths(run.data), run.model.path, run.output.path]
+    addresses = [*sources_of(run.data), run.model.path, run.output.path]
     if run.data.endpoint_url and not any(is_s3(address) for address in addresses):
         warn("data.endpoint_url is not used: no path is on s3://")
     if set("/:") & set(run.tracking.registered_model):
@@ -63,13 +57,13 @@ def _check_url(name: str, url: str | None, *, bare: bool) -> None:
     """Refuse what is no http(s) address; its text is not repeated where a password may be in it."""
     if url is None:
         return
+    if "@" in url:
+        raise ConfigError(f"{name}: holds credentials; remove them: they come from the environment")
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
         raise ConfigError(f"{name}: expected http(s)://host[:port], got {url!r}") from None
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"{name}: holds credentials; remove them: they come from the environment")
     if parts.scheme not in ("http", "https") or not host or " " in url:
         raise ConfigError(f"{name}: expected http(s)://host[:port], got {url!r}")
     if parts.query or parts.fragment or (bare and parts.path.strip("/")):
@@ -77,11 +71,13 @@ def _check_url(name: str, url: str | None, *, bare: bool) -> None:
 
 
 def check_data(data: Data, method: str, warn: Callable[[str], None]) -> None:
-    """Refuse a `data` group whose keys contradict each other or leave `method` nothing to learn from.
+    """Refuse a `data` group that names no traces, contradicts itself or leaves `method` nothing to learn from.
 
     Raises:
         ConfigError: the first contradiction, in one line.
     """
+    check_sources(data)
+    _check_url("data.endpoint_url", data.endpoint_url, bare=True)
     _check_dates(data)
     _check_columns(data, method, warn)
     _check_thresholds(data, method, warn)

@@ -12,17 +12,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from entrypoint import __version__
-from entrypoint.checks import check
+from entrypoint.checks import check, check_data
 from entrypoint.conf import Run
 from entrypoint.conf.command_line import CommandLine, parse
 from entrypoint.conf.keys import fingerprint_keys, flatten
 from entrypoint.conf.read import read_run, refuse_unknown
 from entrypoint.conf.run_file import compose_run, resolved
 from entrypoint.conf.usage import usage
+from entrypoint.conf.value import spell
 from entrypoint.errors import ConfigError
+from entrypoint.places import on_first_rank
+from entrypoint.rank_process import LAUNCH_VARIABLE
 from entrypoint.storage import is_s3, local_path
 
-__all__ = ["compose", "fingerprint_keys", "flatten", "load", "resolve"]
+__all__ = ["compose", "fingerprint_keys", "flatten", "load", "load_data", "resolve"]
 
 REQUIRED = ("data.path", "model.path", "output.path")
 
@@ -36,11 +39,27 @@ def load(argv: list[str]) -> Run:
         ConfigError: what is wrong, in one line.
     """
     run = resolve(compose(argv))
-    warnings = check(run)
-    if os.environ.get("RANK", "0") == "0":
+    _warn(check(run))
+    return run
+
+
+def load_data(argv: list[str]) -> Run:
+    """As `load`, for a program that only reads the traces: model.path and output.path may stay "???".
+
+    Raises:
+        ConfigError: what is wrong with the keys, or with the `data` group, in one line.
+    """
+    run = _plain(compose(argv, may_lack=("model.path", "output.path")))
+    warnings: list[str] = []
+    check_data(run.data, run.method.name, warnings.append)
+    _warn(warnings)
+    return run
+
+
+def _warn(warnings: list[str]) -> None:
+    if on_first_rank(os.environ) and LAUNCH_VARIABLE not in os.environ:  # the launcher has said it before its ranks
         for warning in warnings:
             print(f"entrypoint: warning: {warning}", file=sys.stderr, flush=True)
-    return run
 
 
 def compose(argv: list[str], *, may_lack: Collection[str] = ()) -> Run:
@@ -77,22 +96,44 @@ def _apply(tree: DictConfig, line: CommandLine, method: str) -> None:
         try:
             OmegaConf.update(tree, name, value, merge=True, force_add=True)
         except Exception as error:  # OmegaConf reads the text of an interpolation when it is set
-            reason = " ".join(str(error).splitlines()[:1])
+            reason = spell(" ".join(str(error).splitlines()[:1]))
             raise ConfigError(f"{name}: can't be set: {reason}") from None
 
 
 def resolve(run: Run) -> Run:
-    """`run` with the paths and the name that default to parts of others."""
+    """`run` with file:// addresses as plain paths, and with the paths and the name that default to parts of others."""
+    run = _plain(run)
     output = run.output.path
     # No default on S3: checkpoints need a folder that all ranks see, and `check` asks for it.
     checkpoints = run.checkpoint.path or (None if is_s3(output) else os.path.join(output, "checkpoints"))
     prepared = run.data.cache_path or (os.path.join(checkpoints, "prepared") if checkpoints else None)
     models = run.model.cache_path or os.path.join(tempfile.gettempdir(), "models")
-    last = output.rstrip("/") if is_s3(output) else str(local_path(output).absolute())
+    last = output.rstrip("/") if is_s3(output) else os.path.abspath(output)
     return replace(
         run,
         data=replace(run.data, cache_path=prepared),
         model=replace(run.model, cache_path=models),
         checkpoint=replace(run.checkpoint, path=checkpoints),
         tracking=replace(run.tracking, run_name=run.tracking.run_name or last.rpartition("/")[2] or "run"),
+    )
+
+
+def _plain(run: Run) -> Run:
+    def plain(address: str) -> str:
+        return str(local_path(address)) if address.startswith("file://") else address
+
+    def maybe(address: str | None) -> str | None:
+        return plain(address) if address else None
+
+    traces = run.data.path
+    return replace(
+        run,
+        data=replace(
+            run.data,
+            path=plain(traces) if isinstance(traces, str) else [plain(address) for address in traces],
+            cache_path=maybe(run.data.cache_path),
+        ),
+        model=replace(run.model, path=plain(run.model.path), cache_path=maybe(run.model.cache_path)),
+        checkpoint=replace(run.checkpoint, path=maybe(run.checkpoint.path)),
+        output=replace(run.output, path=plain(run.output.path)),
     )

@@ -5,27 +5,31 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from entrypoint.conf import Run
+from entrypoint.conf import Data, Run
 from entrypoint.errors import ConfigError
 from entrypoint.storage import is_s3, local_path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+def on_first_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or the launcher on its node."""
+    return environ.get("RANK", "0") == "0" and environ.get("NODE_RANK", "0") == "0"
+
+
 def check_places(run: Run) -> None:
-    """Refuse addresses that can't be read or written, and outputs that would end up among the inputs.
+    """Refuse a missing model, addresses that can't be written, and outputs that would end up among the inputs.
 
     What rank 0 alone reads or writes is looked for on its node only.
 
     Raises:
         ConfigError: the first such place, in one line.
     """
-    sources = [run.data.path] if isinstance(run.data.path, str) else run.data.path
-    for source in sources:
-        _check_address("data.path", source)
+    sources = sources_of(run.data)
     _check_address("model.path", run.model.path)
     _check_address("output.path", run.output.path)
     folders = {
@@ -37,11 +41,26 @@ def check_places(run: Run) -> None:
         _check_folder(name, folder, run.output.path)
     _check_apart(run, sources, {"output.path": run.output.path, **folders})
     _check_model(run.model.path)
-    if os.environ.get("RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
-        for source in sources:
-            _check_source(source)
+    if on_first_rank(os.environ):
         for name, target in {"output.path": run.output.path, **folders}.items():
             _check_writable(name, target)
+
+
+def sources_of(data: Data) -> list[str]:
+    """`data.path` as a list."""
+    return [data.path] if isinstance(data.path, str) else list(data.path)
+
+
+def check_sources(data: Data) -> None:
+    """Refuse traces that are not there, as far as that shows without opening a connection.
+
+    Raises:
+        ConfigError: the first such place, in one line.
+    """
+    for source in sources_of(data):
+        _check_address("data.path", source)
+        if on_first_rank(os.environ):
+            _check_source(source)
 
 
 def _check_address(name: str, address: str) -> None:

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from entrypoint.conf.checkpoint import Checkpoint
 from entrypoint.conf.data import Data
+from entrypoint.conf.key import key
 from entrypoint.conf.method import Dpo, Grpo
 from entrypoint.conf.model import Lora, Model
 from entrypoint.conf.output import Output
@@ -45,13 +46,13 @@ DEFAULTS = ["_self_", {"method": "grpo"}, {"train": "${method}"}]  # read top-do
 class Run:
     """One run, composed and checked."""
 
-    method: Any = field(default_factory=Grpo)  # Grpo or Dpo: chosen by the group
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=GrpoTrain)  # GrpoTrain or DpoTrain: follows the method
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    output: Output = field(default_factory=Output)
-    tracking: Tracking = field(default_factory=Tracking)
+    method: Any = key(Grpo, "GRPO or DPO, and the numbers of its loss.")  # Grpo or Dpo: chosen by the group
+    data: Data = key(Data, "Where the labelled traces are and which of their rows count.")
+    model: Model = key(Model, "The base model and, where wanted, the adapter that is trained instead of it.")
+    train: Train = key(GrpoTrain, "The optimisation.")  # GrpoTrain or DpoTrain: follows the method
+    checkpoint: Checkpoint = key(Checkpoint, "What is kept of a run that is not done.")
+    output: Output = key(Output, "The hand-off to the eval gate.")
+    tracking: Tracking = key(Tracking, "Where metrics go beside metrics.jsonl and TensorBoard.")
 
 
 def register() -> None:

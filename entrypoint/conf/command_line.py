@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from entrypoint.conf import METHODS
 from entrypoint.conf.keys import Key, keys
 from entrypoint.conf.unknown import unknown_key
-from entrypoint.conf.value import show
+from entrypoint.conf.value import show, spell
 from entrypoint.errors import ConfigError
 
 LITERAL = re.compile(r"\+{0,2}([a-z_][a-z0-9_.]*)=([^\[\]{}'\"].*)", re.DOTALL)
@@ -64,13 +64,13 @@ def parse(argv: list[str]) -> CommandLine:
 
 def _option(line: CommandLine, option: str, value: str) -> None:
     if not value:
-        raise ConfigError(f"{option}: needs a value")
+        raise ConfigError(f"{spell(option)}: needs a value")
     if option in WITH_VALUE:
         setattr(line, WITH_VALUE[option], value)
     elif value == "job":
         line.show = "cfg"
     else:
-        raise ConfigError(f"{option}: expected job, got {show(value)}")
+        raise ConfigError(f"{spell(option)}: expected job, got {show(value)}")
 
 
 def _bad_option(word: str, option: str) -> ConfigError:
@@ -78,7 +78,7 @@ def _bad_option(word: str, option: str) -> ConfigError:
     if option in ("-m", "--multirun"):
         return ConfigError(f"{option}: one command is one run; start another for other values")
     if any(name in keys(method) or name in ("method", *METHODS) for method in METHODS):
-        return ConfigError(f"{show(word)}: keys are written without dashes: {name}=…")
+        return ConfigError(f"{show(word)}: keys are written without dashes: {spell(name)}=…")
     options = ", ".join(["--config-dir", "--config-name", "--cfg job", "--help", "--version"])
     return ConfigError(f"{show(word)}: no such option; there are {options}, and keys, written key=value")
 
@@ -87,12 +87,14 @@ def _override(line: CommandLine, word: str) -> None:
     name, value = _parse_override(word)
     if name in ("method", "method.name") and not isinstance(value, dict):
         if not isinstance(value, str) or value not in METHODS:
-            raise ConfigError(f"{name}: expected one of {', '.join(METHODS)}, got {show(value)}")
-        if line.method:
-            raise ConfigError("method: is given twice on the command line")
+            raise ConfigError(f"{spell(name)}: expected one of {', '.join(METHODS)}, got {show(value)}")
+        if line.method not in (None, value):
+            raise ConfigError(f"method: is given twice on the command line, as {line.method} and {value}")
         line.method = value
     elif name in line.values:
-        raise ConfigError(f"{name}: is given twice on the command line, as {show(line.values[name])} and {show(value)}")
+        raise ConfigError(
+            f"{spell(name)}: is given twice on the command line, as {show(line.values[name])} and {show(value)}"
+        )
     else:
         line.values[name] = value
 
@@ -102,7 +104,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
     if not name:
         raise ConfigError(f"{show(word)}: expected key=value")
     if re.match(r"hydra[./@]|hydra$", name):
-        raise ConfigError(f"{name}: Hydra's own settings have no effect here; remove it")
+        raise ConfigError(f"{spell(name)}: Hydra's own settings have no effect here; remove it")
     try:
         override: Override = OverridesParser.create().parse_override(word)
     except Exception as error:  # the grammar's visitor raises more than Hydra's own exceptions
@@ -119,7 +121,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
         raise ConfigError(f"{show(word)}: groups stay where they are; remove @{override.package}")
     if override.is_sweep_override():
         text = word.partition("=")[2]
-        raise ConfigError(f"{name}: expected one value, got {show(text)}; a list is written [a,b]")
+        raise ConfigError(f"{spell(name)}: expected one value, got {show(text)}; a list is written [a,b]")
     return override.key_or_group.replace("/", "."), override.value()
 
 
@@ -131,7 +133,7 @@ def _takes_text(name: str) -> bool:
 def _unreadable(word: str, name: str, error: Exception) -> ConfigError:
     if "=" not in word:
         return ConfigError(f"{show(word)}: expected key=value")
-    reason = str(error).partition("\n")[0].strip()
+    reason = spell(str(error).partition("\n")[0].strip())
     return ConfigError(
         f"{name}: {show(word)} can't be read ({reason}); put text with = , [ ] or {{ }} in quotes: 'a=b'"
     )

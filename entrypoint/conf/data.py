@@ -1,6 +1,5 @@
 """`data`: where the labelled traces are and which of their rows count."""
 
-# ruff: noqa: RUF009 (`key` is dataclasses.field under another name)
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -38,20 +38,31 @@ class Key:
         return bool(self.default == REQUIRED)
 
 
-def groups(method: str) -> dict[str, type]:
-    """The dataclass of each group, nested ones by their dotted names, in the run file's order."""
+@dataclass(frozen=True)
+class Group:
+    """One group of keys: its dataclass and what it is about."""
+
+    kind: type
+    doc: str
+
+
+@cache
+def groups(method: str) -> Mapping[str, Group]:
+    """Each group of a run of `method`, nested ones by their dotted names, in the run file's order."""
     chosen = dict(zip(("method", "train"), METHODS[method], strict=True))
-    found: dict[str, type] = {}
-    for name, hint in get_type_hints(Run).items():
-        _add_group(found, name, chosen.get(name, hint))
+    found: dict[str, Group] = {}
+    hints = get_type_hints(Run)
+    for item in fields(Run):
+        _add_group(found, item.name, Group(chosen.get(item.name, hints[item.name]), item.metadata["doc"]))
     return found
 
 
-def _add_group(found: dict[str, type], name: str, group: type) -> None:
+def _add_group(found: dict[str, Group], name: str, group: Group) -> None:
     found[name] = group
-    for child, hint in get_type_hints(group).items():
-        if is_dataclass(hint) and isinstance(hint, type):
-            _add_group(found, f"{name}.{child}", hint)
+    hints = get_type_hints(group.kind)
+    for item in fields(group.kind):
+        if is_dataclass(hints[item.name]):
+            _add_group(found, f"{name}.{item.name}", Group(hints[item.name], item.metadata["doc"]))
 
 
 @cache
@@ -59,9 +70,9 @@ def keys(method: str) -> Mapping[str, Key]:
     """Every key of a run of `method` by its dotted name, in the run file's order."""
     found: dict[str, Key] = {}
     nested = groups(method)
-    for group, kind in nested.items():
-        hints = get_type_hints(kind)
-        for item in fields(kind):
+    for group, about in nested.items():
+        hints = get_type_hints(about.kind)
+        for item in fields(about.kind):
             name = f"{group}.{item.name}"
             if name not in nested:
                 found[name] = _key(name, hints[item.name], item)

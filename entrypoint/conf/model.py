@@ -1,6 +1,5 @@
 """`model`: the base model and, where wanted, the adapter that is trained instead of it."""
 
-# ruff: noqa: RUF009 (`key` is dataclasses.field under another name)
 from __future__ import annotations
 
 from dataclasses import dataclass

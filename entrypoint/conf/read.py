@@ -32,9 +32,8 @@ def read_run(tree: Any, method: str, *, may_lack: Collection[str] = ()) -> Run:
         ConfigError: the first thing that is wrong, with the key's name, what was expected and what was got.
     """
     refuse_unknown("", tree, method)
-    tops = {name: group for name, group in groups(method).items() if "." not in name}
-    built = {name: _build(group, tree.get(name, {}), name, method, tuple(may_lack)) for name, group in tops.items()}
-    return Run(**built)
+    tops = [name for name in groups(method) if "." not in name]
+    return Run(**{name: _build(name, tree.get(name, {}), method, tuple(may_lack)) for name in tops})
 
 
 def refuse_unknown(name: str, value: Any, method: str) -> None:
@@ -66,17 +65,16 @@ def _no_group(name: str, value: Any, method: str) -> ConfigError:
     return ConfigError(f"{name}: expected keys, such as {example}, got {show(value)}")
 
 
-def _build(group: type, tree: dict[Any, Any], prefix: str, method: str, may_lack: tuple[str, ...]) -> Any:
-    known = keys(method)
-    nested = groups(method)
+def _build(group: str, tree: dict[Any, Any], method: str, may_lack: tuple[str, ...]) -> Any:
+    known, kind = keys(method), groups(method)[group].kind
     values: dict[str, Any] = {}
-    for item in fields(group):
-        name = f"{prefix}.{item.name}"
-        if name in nested:
-            values[item.name] = _build(nested[name], tree.get(item.name, {}), name, method, may_lack)
+    for child in (item.name for item in fields(kind)):
+        name = f"{group}.{child}"
+        if name in known:
+            values[child] = _value(known[name], tree.get(child, known[name].default), may_lack)
         else:
-            values[item.name] = _value(known[name], tree.get(item.name, known[name].default), may_lack)
-    return group(**values)
+            values[child] = _build(name, tree.get(child, {}), method, may_lack)
+    return kind(**values)
 
 
 def _value(key: Key, value: Any, may_lack: tuple[str, ...]) -> Any:

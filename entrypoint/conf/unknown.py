@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from entrypoint.conf import METHODS
 from entrypoint.conf.keys import groups, keys
+from entrypoint.conf.value import spell
 from entrypoint.errors import ConfigError
 
 # What other programs call our keys; `method.` ones stand under both methods where both have them.
@@ -58,17 +59,17 @@ COUNTERPARTS = {"method.beta": "method.kl_coeff", "method.kl_coeff": "method.bet
 
 def unknown_key(name: str, method: str) -> ConfigError:
     """The refusal of `name`, which is no key of a run of `method`; it names the nearest key that is."""
-    leaf = name.rpartition(".")[2]
+    leaf, shown = name.rpartition(".")[2], spell(name)
     if leaf in ("vf_coeff", "vf_coef"):
-        return ConfigError(f"{name}: {method.upper()} has no value function; remove it")
+        return ConfigError(f"{shown}: {method.upper()} has no value function; remove it")
     if leaf in NOT_HERE:
-        return ConfigError(f"{name}: no such key; {NOT_HERE[leaf]}")
+        return ConfigError(f"{shown}: no such key; {NOT_HERE[leaf]}")
     for other in METHODS:
         if name in keys(other):
             twin = COUNTERPARTS.get(name)
             meant = f"did you mean {twin}?" if twin else f"it is one of method={other}"
-            return ConfigError(f"{name}: no such key of method={method}; {meant}")
-    return ConfigError(f"{name}: no such key; did you mean {nearest(name, method)}?")
+            return ConfigError(f"{shown}: no such key of method={method}; {meant}")
+    return ConfigError(f"{shown}: no such key; did you mean {nearest(name, method)}?")
 
 
 def nearest(name: str, method: str) -> str:

@@ -11,6 +11,7 @@ from entrypoint.conf.keys import INT_MAX, Key
 from entrypoint.errors import ConfigError
 
 SHOWN = 80  # characters of a value that a message repeats
+PASSWORD = re.compile(r"(?<=//)[^/@\s]+(?=@)")  # of http://user:password@host; a message never repeats it
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -22,7 +23,13 @@ def show(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python prints no integer of more than 4300 digits
         return "a number of thousands of digits"
+    text = PASSWORD.sub("…", text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def spell(name: str) -> str:
+    """A key's or a file's name as it stands, unless it would break the line or fill it."""
+    return name if name.isprintable() and len(name) <= 2 * SHOWN else show(name)
 
 
 def read_value(key: Key, value: Any) -> Any:
@@ -68,7 +75,8 @@ def expected(key: Key) -> str:
 
 def _number(key: Key, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        hint = "; remove the quotes" if isinstance(value, str) and _is_number(value) else ""
+        quoted = isinstance(value, str) and _is_number(value)
+        hint = "; remove the quotes, or decode it: ${oc.decode:${oc.env:NAME}}" if quoted else ""
         _refuse(key, value, hint)
     if isinstance(value, float) and not math.isfinite(value):
         _refuse(key, value)
