@@ -30,7 +30,10 @@ UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns a run needs. `consent`, `date` and `model` say whether rows are chosen by them."""
+    """Which columns a run needs. `consent`, `date` and `model` say whether rows are chosen by them.
+
+    `optional` ones are read from the files that have them.
+    """
 
     reward: str
     consent: bool
@@ -38,6 +41,7 @@ class Columns:
     model: bool
     logps: str | None = None
     token_ids: str | None = None
+    optional: tuple[tuple[str, Kind], ...] = ()
 
     def required(self) -> list[tuple[str, Kind]]:
         """Columns that every file has, unless a partition stands for one."""
@@ -77,7 +81,8 @@ def check(file: TraceFile, schema: pa.Schema, columns: Columns) -> dict[str, Kin
     wanted = columns.required()
     names = {name for name, _ in wanted}
     # What nobody filters by is still looked at where the file has it: models are counted, partitions compared.
-    optional = [("model", TEXT)] + ([("timestamp", TIME)] if partition_of(file, "timestamp")[0] else [])
+    optional = [*columns.optional, ("model", TEXT)]
+    optional += [("timestamp", TIME)] if partition_of(file, "timestamp")[0] else []
     for name, kind in wanted + [(name, kind) for name, kind in optional if name not in names]:
         times = schema.names.count(name)
         if times > 1:

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+if TYPE_CHECKING:  # takes seconds to import: only what maps groups pays for it
+    import datasets
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -61,11 +63,15 @@ class Groups(Sequence[Group]):
     @classmethod
     def from_file(cls, path: Path) -> Groups:
         """Map the Arrow IPC stream at `path`."""
+        import datasets
+
         return cls(datasets.Dataset.from_file(str(path)))
 
     @classmethod
     def from_lists(cls, rows: Iterable[Mapping[str, Any]]) -> Groups:
         """Groups in memory, for tests: see `table` for what a row holds."""
+        import datasets
+
         return cls(datasets.Dataset(table(rows)))
 
     def __len__(self) -> int:
