@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrypoint.checkpoint import Checkpoints
 from entrypoint.conf import Run
 from entrypoint.config import fingerprint_keys
 from entrypoint.data.locations import find_files
 from entrypoint.data.prepare import Prepared, load_prepared, prepare, prepared_key
+from entrypoint.data.tokens import load_tokenizer
 from entrypoint.errors import ModelError
 from entrypoint.model_files import fetch_model, model_identity
 from entrypoint.output import claim_output
@@ -54,13 +55,18 @@ def load(run: Run, world: World) -> Loaded | None:
     """
     folder = fetch_model(run.model.path, run.data.endpoint_url, run.model.cache_path, os.environ)
     tokenizer = load_tokenizer(folder)
+    max_length = context_of(folder, tokenizer, run.train.max_length)
+    if max_length < run.train.max_length:
+        world.say(
+            f"entrypoint: warning: train.max_length={run.train.max_length}, but the model has {max_length} positions"
+        )
     cache = Path(str(run.data.cache_path))
     checkpoint_folder = Path(str(run.checkpoint.path))
 
     def once() -> dict[str, Any]:
         """What rank 0 does for all."""
         files = find_files(run.data.path, run.data.endpoint_url)
-        key = prepared_key(files, run.data, run.train.max_length, tokenizer)
+        key = prepared_key(files, run.data, max_length, tokenizer)
         identity = model_identity(folder)
         fingerprint = {**fingerprint_keys(run), "traces": key, "model": identity}
         if claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
@@ -68,7 +74,7 @@ def load(run: Run, world: World) -> Loaded | None:
         checkpoint_folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(checkpoint_folder, keep=run.checkpoint.keep, fingerprint=fingerprint, world=world)
         found = checkpoints.find(run.checkpoint.resume)
-        prepare(run.data, run.train.max_length, tokenizer, cache)
+        prepare(run.data, max_length, tokenizer, cache)
         return {
             "key": key,
             "identity": identity,
@@ -93,19 +99,19 @@ def load(run: Run, world: World) -> Loaded | None:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with the model.
+def context_of(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Tokens of the longest row that counts: train.max_length, but never more than the model has positions for.
 
     Raises:
-        ModelError: it can't be read.
+        ModelError: the tokenizer has ids that the model doesn't embed.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} ids, the model embeds {config.vocab_size:,}; "
+            "expected a tokenizer that belongs to the model"
         )
-    except Exception as error:  # transformers raises anything, from OSError to KeyError
-        raise ModelError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
-    return tokenizer
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

@@ -13,8 +13,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import datasets
 import transformers
 
-from entrypoint.conf import Run
+from entrypoint.conf import Data, Run
 from entrypoint.course import Course
+from entrypoint.data.report import Counts
 from entrypoint.errors import StoppedError
 from entrypoint.evaluation import held_out
 from entrypoint.hand_off import hand_off
@@ -66,7 +67,6 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
         loaded.traces.train,
         reference,
         steps=steps.steps,
-        world=world,
         callbacks=[course],
     )
     session = Session(
@@ -83,9 +83,7 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
         pad=pad_id(loaded.tokenizer),
     )
     course.evaluate = session.evaluate
-    trainer.feed(
-        steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base
-    )
+    trainer.feed(steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base)
     return session
 
 
@@ -130,9 +128,28 @@ def report(run: Run, loaded: Loaded, steps: Plan, *, pairs: int) -> None:
         )
     if not pairs:
         warnings.append("no held-out group makes a pair: the run is not evaluated; see data.held_out_share")
-    warnings += counts.warnings(run.data)
+    warnings += behaviour_warnings(counts, run.data)
     for warning in warnings:
         print(f"entrypoint: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def behaviour_warnings(counts: Counts, data: Data) -> list[str]:
+    """What makes the reference a poor stand-in for the policy that sampled the traces."""
+    warnings = []
+    if len(counts.models) > 1:
+        found = ", ".join(f"{name} {rows:,}" for name, rows in sorted(counts.models.items(), key=lambda m: -m[1]))
+        warnings.append(
+            f"the traces were sampled by {len(counts.models)} models (rows: {found}), but the behaviour policy is taken "
+            "to be the base model; data.models keeps only some"
+        )
+    if counts.other_models:
+        warnings.append(f"{counts.other_models:,} rows were not sampled by data.behaviour_model={data.behaviour_model}")
+    if counts.logps_differ:
+        warnings.append(
+            f"{counts.logps_differ:,} rows have recorded log-probs of other tokens than the tokenizer's: "
+            "the reference stands in for them"
+        )
+    return warnings
 
 
 def _quiet_libraries() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, GRPOConfig
 
 from entrypoint.batches import StepSampler, Units, group_units, pair_units
-from entrypoint.conf import Data, Dpo, Grpo, Lora, Run, Train
+from entrypoint.conf import Checkpoint, Data, Dpo, Grpo, Lora, Run, Train
 from entrypoint.data.groups import Groups
 from entrypoint.data.pairs import pairs_of
-from entrypoint.errors import DataError
+from entrypoint.errors import ConfigError, DataError
 from entrypoint.reference import ReferenceLogProbs
 from entrypoint.trainers.dpo import DpoRows, LoggedDpo
 from entrypoint.trainers.grpo import GrpoRows, LoggedGrpo
@@ -85,49 +85,68 @@ def build_trainer(
     reference: ReferenceLogProbs,
     *,
     steps: int,
-    world: World,
     callbacks: list[TrainerCallback],
 ) -> tuple[WholeBatch, Rows]:
-    """The method's trainer, not yet fed, and the rows it is to be fed with."""
+    """The method's trainer, not yet fed, and the rows it is to be fed with.
+
+    Raises:
+        ConfigError: train.sharding=fsdp where weights can't be sharded.
+    """
     pad = pad_id(tokenizer)
-    if run.model.lora.enabled:
-        model = with_adapter(model, run.model.lora, seed=run.train.seed)
     common = {
-        "model": model,
+        "model": with_adapter(model, run.model.lora, seed=run.train.seed) if run.model.lora.enabled else model,
         "train_dataset": groups.dataset,
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    arguments = training_arguments(run.train, folder=Path(str(run.checkpoint.path)), steps=steps, save_every=run.checkpoint.save_every)
+    arguments = training_arguments(run.train, run.checkpoint, steps=steps)
+    trainer: LoggedGrpo | LoggedDpo
+    rows: Rows
     if isinstance(run.method, Grpo):
-        grpo = GRPOConfig(
-            **arguments,
-            per_device_train_batch_size=GRPO_PLACE,
-            num_generations=GRPO_PLACE,
-            epsilon=run.method.clip_range,
-            loss_type=run.method.loss_type,
-            max_completion_length=run.train.max_length,  # dr_grpo's constant
-            disable_dropout=True,
-        )
-        return LoggedGrpo(run.method, args=grpo, **common), GrpoRows(groups, reference, pad=pad, world_size=world.size)
-    dpo = DPOConfig(
+        trainer = LoggedGrpo(run.method, args=grpo_arguments(run.method, run.train, arguments), **common)
+        rows = GrpoRows(groups, reference, pad=pad, world_size=trainer.accelerator.num_processes)
+    else:
+        trainer = LoggedDpo(args=dpo_arguments(run.method, arguments), **common)
+        rows = DpoRows(groups, reference, pad=pad)
+    trainer.remove_callback(PrinterCallback)  # the tracker writes the log
+    if trainer.is_fsdp_enabled and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        # accelerate would train unsharded, without a word
+        raise ConfigError("train.sharding: fsdp needs more than one rank, each on a CUDA device; write auto or none")
+    return trainer, rows
+
+
+def grpo_arguments(method: Grpo, train: Train, arguments: dict[str, Any]) -> GRPOConfig:
+    """TRL's arguments for GRPO."""
+    return GRPOConfig(
         **arguments,
-        per_device_train_batch_size=1,
-        beta=run.method.beta,
-        loss_type=[run.method.loss_type],
-        label_smoothing=run.method.label_smoothing,
-        max_length=None,
+        per_device_train_batch_size=GRPO_PLACE,
+        num_generations=GRPO_PLACE,
+        epsilon=method.clip_range,
+        loss_type=method.loss_type,
+        max_completion_length=train.max_length,  # dr_grpo's constant
         disable_dropout=True,
     )
-    return LoggedDpo(args=dpo, **common), DpoRows(groups, reference, pad=pad)
 
 
-def training_arguments(train: Train, *, folder: Path, steps: int, save_every: int) -> dict[str, Any]:
+def dpo_arguments(method: Dpo, arguments: dict[str, Any]) -> DPOConfig:
+    """TRL's arguments for DPO."""
+    return DPOConfig(
+        **arguments,
+        per_device_train_batch_size=1,
+        beta=method.beta,
+        loss_type=[method.loss_type],
+        label_smoothing=method.label_smoothing,
+        max_length=None,  # rows that are too long were dropped
+        disable_dropout=True,
+    )
+
+
+def training_arguments(train: Train, checkpoint: Checkpoint, *, steps: int) -> dict[str, Any]:
     """What both trainers' arguments share."""
     cuda = torch.cuda.is_available()
     sharded = train.sharding == "fsdp" or (train.sharding == "auto" and cuda and _world_size() > 1)
     return {
-        "output_dir": str(folder),
+        "output_dir": str(checkpoint.path),
         "max_steps": steps,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler,
@@ -148,7 +167,7 @@ def training_arguments(train: Train, *, folder: Path, steps: int, save_every: in
         "logging_steps": train.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN is shown, not smoothed over
         "save_strategy": "steps",
-        "save_steps": save_every,
+        "save_steps": checkpoint.save_every,
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

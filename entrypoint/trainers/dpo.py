@@ -1,4 +1,4 @@
-"""DPO over pairs of logged responses: `DPOTrainer` fed by the whole step, with the reference's numbers brought along."""
+"""DPO over pairs of logged responses: `DPOTrainer` fed whole steps, the reference's numbers brought along."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DpoRows(Rows):
         self.reference = reference
         self.pad = pad
 
-    def __getitem__(self, micro: MicroBatch) -> Micro:  # type: ignore[override]
+    def __getitem__(self, micro: MicroBatch) -> Micro:
         order = micro.responses[0::2] + micro.responses[1::2]
         rows = sequences(self.groups, np.array(order, np.int64)) if order else [EMPTY, EMPTY]
         batch = collate(rows, self.pad)
@@ -55,7 +55,9 @@ class LoggedDpo(WholeBatch, DPOTrainer):  # type: ignore[misc]
         args.precompute_ref_log_probs = True
         # With precomputed log-probs TRL still hashes every weight for its cache and, under FSDP, loads a reference
         # model to fill it: minutes and memory for numbers that are brought along.
-        with patch.multiple("trl.trainer.dpo_trainer", hash_module=lambda _: "", create_model_from_path=lambda *_, **__: None):
+        with patch.multiple(
+            "trl.trainer.dpo_trainer", hash_module=lambda _: "", create_model_from_path=lambda *_, **__: None
+        ):
             super().__init__(args=args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

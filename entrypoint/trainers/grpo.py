@@ -51,7 +51,7 @@ class GrpoRows(Rows):
         self.world_size = world_size
         self.advantages = advantages(groups.rewards, groups.offsets)
 
-    def __getitem__(self, micro: MicroBatch) -> Micro:  # type: ignore[override]
+    def __getitem__(self, micro: MicroBatch) -> Micro:
         responses = np.array(micro.responses, np.int64)
         pairs = sequences(self.groups, responses) if len(responses) else [EMPTY]
         batch = collate(pairs, self.pad)
@@ -107,23 +107,21 @@ class LoggedGrpo(WholeBatch, GRPOTrainer):  # type: ignore[misc]
 
     _prepare_inputs = Trainer._prepare_inputs  # no generation, no buffer: a batch is what the rows made
 
-    def _get_per_token_logps_and_entropies(  # type: ignore[override]
+    def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As TRL's, with labels on the response alone: the LM head never sees a prompt position."""
         labels = input_ids.masked_fill(self._response_mask == 0, -100)
         router = {"output_router_logits": True} if kwargs.get("compute_aux_loss") else {}
         with self.accelerator.autocast():
-            out = model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **router
-            )
+            out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **router)
         self._log_probs = out.log_probs.detach()
         return out.log_probs[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], out.aux_loss
 
     def _compute_loss(self, model: Any, inputs: Micro) -> torch.Tensor:
         response_mask = inputs["tool_mask"]
         self._response_mask = torch.nn.functional.pad(response_mask, (1, 0))
-        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        loss: torch.Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         ratio = torch.exp(self._log_probs - inputs["old_per_token_logps"])[response_mask.bool()]
         self._ratio = (float(ratio.mean()), float(ratio.max()))
         return loss
@@ -158,6 +156,6 @@ class LoggedGrpo(WholeBatch, GRPOTrainer):  # type: ignore[misc]
                 )
 
 
-def _never(**kwargs: Any) -> list[float]:
+def _never(**kwargs: Any) -> list[float | None]:
     """TRL wants a reward function; the rewards are logged."""
     raise AssertionError("logged responses are never scored again")

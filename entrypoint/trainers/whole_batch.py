@@ -53,7 +53,7 @@ class WholeBatch:
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is a list of micro-batches; never given to accelerate, which would shard it once more."""
-        return DataLoader(self._rows, batch_sampler=self._sampler, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(self._rows, batch_sampler=self._sampler, collate_fn=list)
 
     def training_step(self: Any, model: nn.Module, inputs: list[Micro], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of all micro-batches of a step; gradients meet at the last.
@@ -81,9 +81,11 @@ class WholeBatch:
             loss = super().compute_loss(model, inputs)  # type: ignore[misc]
         found, self._metrics["train"] = self._metrics["train"], outer
         found |= self.own_metrics()
+        found.pop("num_tokens", None)  # TRL's running count of this rank alone
         for name, values in found.items():
             self._collect(name, float(values[0]), float(self.metric_weight(name, weights)))
-        return loss * (self.loss_share(weights) * self.accelerator.num_processes)
+        whole: torch.Tensor = loss * (self.loss_share(weights) * self.accelerator.num_processes)
+        return whole
 
     def loss_share(self, weights: dict[str, float]) -> float:
         """This micro-batch's part of the step, in what the loss is a mean over."""
@@ -133,7 +135,9 @@ class WholeBatch:
         device = self.args.device
         sums = torch.tensor([self._sums[name] for name in means], dtype=torch.float64, device=device)
         # A rank without rows has seen no extreme: the names must come from the loss, not from what was seen.
-        tops = torch.tensor([self._sums.get(name, (-math.inf, 0.0))[0] for name in extremes], dtype=torch.float64, device=device)
+        tops = torch.tensor(
+            [self._sums.get(name, (-math.inf, 0.0))[0] for name in extremes], dtype=torch.float64, device=device
+        )
         if self.accelerator.num_processes > 1:
             dist.all_reduce(sums)
             dist.all_reduce(tops, op=dist.ReduceOp.MAX)
@@ -188,5 +192,5 @@ class WholeBatch:
 class Rows(Dataset[Micro]):
     """Collates micro-batches; an index is a whole `MicroBatch`."""
 
-    def __getitem__(self, micro: MicroBatch) -> Micro:  # type: ignore[override]
+    def __getitem__(self, micro: MicroBatch) -> Micro:
         raise NotImplementedError

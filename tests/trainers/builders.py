@@ -40,9 +40,7 @@ def make_trainer(
     steps = plan(run, groups, world)
     known = reference or ReferenceLogProbs(folder / "reference")
     trainer: Any
-    trainer, rows = build_trainer(
-        run, model, tokenizer, groups, known, steps=steps.steps, world=world, callbacks=[]
-    )
+    trainer, rows = build_trainer(run, model, tokenizer, groups, known, steps=steps.steps, callbacks=[])
 
     def before(prepared: Any) -> None:
         if reference is None:

@@ -38,7 +38,9 @@ def gradient(model: Any) -> torch.Tensor:
     return torch.cat([p.grad.reshape(-1) for p in model.parameters()]).clone()
 
 
-def ours(method: Grpo | Dpo, tiny: Path, folder: Path, groups: Groups, *, budget: int) -> tuple[float, torch.Tensor, dict]:
+def ours(
+    method: Grpo | Dpo, tiny: Path, folder: Path, groups: Groups, *, budget: int
+) -> tuple[float, torch.Tensor, dict]:
     """Loss, gradient and metrics of one whole step over all groups."""
     run = make_run(method, folder, batch_size=1000, max_steps=1, micro_batch_tokens=budget, max_length=MAX_LENGTH)
     trainer, plan = make_trainer(run, tiny, groups, reference=live_reference(groups))
@@ -92,8 +94,8 @@ def stock_grpo(loss_type: str, tiny: Path, folder: Path, groups: Groups) -> tupl
 def stock_dpo(method: Dpo, tiny: Path, folder: Path, groups: Groups) -> tuple[float, torch.Tensor, dict]:
     """`DPOTrainer._compute_loss` on all pairs, through TRL's own collator."""
     args = DPOConfig(
-        output_dir=str(folder), loss_type=[method.loss_type], beta=method.beta, max_length=None, use_cpu=True, bf16=False,
-        label_smoothing=method.label_smoothing, report_to="none", gradient_checkpointing=False,
+        output_dir=str(folder), loss_type=[method.loss_type], beta=method.beta, max_length=None, use_cpu=True,
+        bf16=False, label_smoothing=method.label_smoothing, report_to="none", gradient_checkpointing=False,
     )  # fmt: skip
     from datasets import Dataset
 
@@ -158,7 +160,9 @@ def test_advantages_by_hand() -> None:
     assert found.dtype == np.float32
 
 
-def test_recorded_log_probs_are_the_behaviour_policy_and_the_reference_fills_the_gaps(tiny: Path, tmp_path: Path) -> None:
+def test_recorded_log_probs_are_the_behaviour_policy_and_the_reference_fills_the_gaps(
+    tiny: Path, tmp_path: Path
+) -> None:
     groups = Groups.from_lists(
         [
             {
