@@ -24,6 +24,10 @@ from entrypoint.data.rules import Partitions, Reasons, Rules, group_reasons, mod
 from entrypoint.data.scan import Batch, Scan, Unread
 
 MEMORY = "2GB"  # DuckDB's share; what doesn't fit is spilled to the folder
+# The reward of a merged response: the mean of its copies. It must not depend on the order of the addends, so they are
+# added as integers: 15 digits of a reward.
+MERGED_REWARD = """CASE WHEN min(reward) = max(reward) THEN min(reward)
+                        ELSE round(sum(round(reward * 1e15)::BIGINT)::DOUBLE / (count(*) * 1e15), 12) END"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def _read_rows(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, 
             if isinstance(batch, Unread):
                 counts.drop(skip[batch.file.path], batch.rows)
             else:
-                yield _record_batch(batch, rules, counts)
+                yield record_batch(batch, rules, counts)
 
     schema = pa.schema(
         [
@@ -134,7 +138,12 @@ def _read_rows(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, 
     return bool(ties)
 
 
-def _record_batch(batch: Batch, rules: Rules, counts: Counts) -> pa.RecordBatch:
+def record_batch(batch: Batch, rules: Rules, counts: Counts) -> pa.RecordBatch:
+    """What DuckDB is fed of a batch: texts in canonical form, rewards, and whether the rules leave each row (`use`).
+
+    Args:
+        counts: gets the rows that the rules drop, and the sampling models of the others.
+    """
     partitions = Partitions.of(batch.file)
     texts = canonical(batch.columns["input"], batch.columns["output"], form=rules.form, match=rules.match)
     reasons = row_reasons(batch, texts, partitions, rules)
@@ -167,12 +176,10 @@ def large(values: pa.Array) -> pa.Array:
 def _group(connection: duckdb.DuckDBPyConnection, rules: Rules, counts: Counts, *, ties: bool) -> Index:
     """Merge duplicates and leave out groups that can't be used."""
     chosen = "min(struct_pack(tie, row)).row" if ties else "min(row)"
-    # A mean must not depend on the order of its addends, so they are added as integers: 15 digits of a reward.
     connection.execute(
         f"""CREATE TABLE responses AS
             SELECT prompt, {chosen} AS row, count(*) AS copies, min(reward) <> max(reward) AS differ,
-                   CASE WHEN min(reward) = max(reward) THEN min(reward)
-                        ELSE round(sum(round(reward * 1e15)::BIGINT)::DOUBLE / (count(*) * 1e15), 12) END AS reward
+                   {MERGED_REWARD} AS reward
             FROM rows GROUP BY prompt, response"""
     )
     connection.execute("DROP TABLE rows")
