@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 Mask = npt.NDArray[np.bool_]
 Message = dict[str, Any]
 
-SPACES = r"[\s\p{Z}\x{b}\x{85}\x{1c}-\x{1f}]+"  # what str.split takes for white space, in RE2
+ASCII_SPACES = r"[\s\x{b}\x{1c}-\x{1f}]+"  # what str.split takes for white space, in RE2
+NOTHING = 0xFF  # no byte of UTF-8
 ASCII_SPACE = np.isin(np.arange(256), [*b"\t\n\v\f\r\x1c\x1d\x1e\x1f "])
 # Bytes that begin white space beyond ASCII in UTF-8: U+0085 and U+00A0, U+1680, U+2000 and its like, U+3000.
 MAYBE_SPACE = ASCII_SPACE | np.isin(np.arange(256), [0xC2, 0xE1, 0xE2, 0xE3])
@@ -95,7 +96,7 @@ def dump(value: list[Message]) -> str:
 def blank(values: pa.Array) -> Mask:
     """Whether a value is null, empty or nothing but white space. Shape: (N,)."""
     first = _first_bytes(values)
-    result: Mask = first == 0
+    result: Mask = first == NOTHING
     maybe = np.flatnonzero(MAYBE_SPACE[first])
     if len(maybe):
         result[maybe] |= _mask(pc.fill_null(pc.utf8_is_space(values.take(pa.array(maybe))), True))
@@ -156,14 +157,17 @@ def _cached_messages(value: str) -> list[Message] | None:
 
 def _normalized(prompts: pa.Array, chat: Mask) -> pa.Array:
     """Normal forms: Unicode NFC, runs of white space as one space, lower case; of chat, within each content."""
-    spaced = pc.utf8_trim(pc.replace_substring_regex(pc.utf8_lower(prompts), SPACES, " "), " ")
-    keys = pc.utf8_normalize(spaced, form="NFC")
-    where = np.flatnonzero(chat)
+    keys = pc.utf8_trim(pc.replace_substring_regex(pc.ascii_lower(prompts), ASCII_SPACES, " "), " ")
+    # Arrow's own utf8_normalize (25.0) gives the decomposed form for NFC: what is beyond ASCII goes through Python.
+    where = np.flatnonzero(chat | ~_mask(pc.fill_null(pc.string_is_ascii(prompts), True)))
     if not len(where):
         return keys
-    parsed = [json.loads(prompt) for prompt in prompts.take(pa.array(where)).to_pylist()]
-    plain = [dump([m | {"content": _plain(m["content"])} for m in conversation]) for conversation in parsed]
-    return _replaced(keys, where, plain)
+    texts = zip(prompts.take(pa.array(where)).to_pylist(), chat[where].tolist(), strict=True)
+    return _replaced(keys, where, [_plain_chat(text) if is_chat else _plain(text) for text, is_chat in texts])
+
+
+def _plain_chat(prompt: str) -> str:
+    return dump([message | {"content": _plain(message["content"])} for message in json.loads(prompt)])
 
 
 def _plain(content: str) -> str:
@@ -189,14 +193,14 @@ def _bracketed(values: pa.Array) -> Mask:
 
 
 def _first_bytes(values: pa.Array) -> npt.NDArray[np.uint8]:
-    """The first byte that isn't ASCII white space, 0 where there is none. Shape: (N,).
+    """The first byte that is not ASCII white space, NOTHING where there is none. Shape: (N,).
 
     A few bytes are looked at and no text is copied. After a run of more than 16 the byte is white space all the same:
     so odd a value is worth a closer look.
     """
     wide: Any = np.int64 if pa.types.is_large_string(values.type) else np.int32
     _, offsets_buffer, data_buffer = values.buffers()
-    first = np.zeros(len(values), np.uint8)
+    first = np.full(len(values), NOTHING, np.uint8)
     if data_buffer is None or not len(values):
         return first
     text: npt.NDArray[np.uint8] = np.frombuffer(data_buffer, np.uint8)
@@ -211,7 +215,7 @@ def _first_bytes(values: pa.Array) -> npt.NDArray[np.uint8]:
         spaced = ASCII_SPACE[found]
         if not spaced.any():
             break
-        first[where[spaced & (at + 1 >= ends)]] = 0
+        first[where[spaced & (at + 1 >= ends)]] = NOTHING
         more = spaced & (at + 1 < ends)
         where, at, ends = where[more], at[more] + 1, ends[more]
     return first

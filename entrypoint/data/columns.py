@@ -153,7 +153,10 @@ def _number(column: pa.Array) -> pa.Array:
         return pc.round(column.cast(pa.float64()), 7)
     if pa.types.is_float16(column.type):
         return pc.round(column.cast(pa.float64()), 3)
-    return column.cast(pa.float64(), safe=False)
+    floats = column.cast(pa.float64(), safe=False)
+    if pa.types.is_decimal(column.type):  # Arrow's division is off by one bit at times
+        return pc.round(floats, min(column.type.scale, 15))
+    return floats
 
 
 def _is_time(kind: pa.DataType) -> bool:
