@@ -106,7 +106,7 @@ def test_a_foreign_model_is_refused_and_other_files_are_not_in_the_way(place: tu
 def test_a_publication_that_was_cut_off_is_made_again_by_the_same_run_only(
     staging: Path, place: tuple[str, str | None, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off at every write in turn (S3: at two): never a run.json before its files, and the run always gets through."""
+    """Cut off at each write in turn (S3: at two): never a run.json before its files, and the run gets through."""
     url, endpoint, folder = place
     target = LocalTarget if endpoint is None else S3Target
     for last in range(6) if endpoint is None else (1, 4):
