@@ -66,9 +66,13 @@ class Course(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Signals ask for a save only where there is something to save."""
         self.signals.listen()
+        if self.tracker:
+            self.tracker.step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Agree on a stop; evaluate, but not where the final evaluation follows at once."""
+        if self.tracker:
+            self.tracker.step(state.global_step)
         told = self.signals.agreed(args.device)
         if told:
             control.should_save = True

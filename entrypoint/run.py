@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what it was given, and nothing else
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each start to its makers otherwise
@@ -42,8 +43,12 @@ def run_rank(run: Run) -> None:
             world.say(f"{run.output.path}: holds this run's complete output already; nothing to do")
             return
         session = build(run, loaded, world)
-        train(session)
-        hand_off(session)
+        try:
+            train(session)
+            hand_off(session)
+        finally:
+            if session.tracker:
+                session.tracker.close()
 
 
 def build(run: Run, loaded: Loaded, world: World) -> Session:
@@ -118,42 +123,42 @@ def report(run: Run, loaded: Loaded, steps: Plan, *, pairs: int) -> None:
         f"{run.train.batch_size}, {steps.epochs:.2f} epochs; {pairs:,} held-out pairs",
         flush=True,
     )
-    warnings = []
+    notes = []
     if steps.groups_without_pair:
-        warnings.append(f"{steps.groups_without_pair:,} training groups make no pair and are not trained on")
+        notes.append(f"{steps.groups_without_pair:,} training groups make no pair and are not trained on")
     if steps.epochs > MANY_EPOCHS:
-        warnings.append(
+        notes.append(
             f"train.max_steps={steps.steps} means {steps.epochs:.1f} epochs over the same traces; "
             f"{len(steps.sampler)} steps are one epoch"
         )
     if not pairs:
-        warnings.append("no held-out group makes a pair: the run is not evaluated; see data.held_out_share")
-    warnings += behaviour_warnings(counts, run.data)
-    for warning in warnings:
-        print(f"entrypoint: warning: {warning}", file=sys.stderr, flush=True)
+        notes.append("no held-out group makes a pair: the run is not evaluated; see data.held_out_share")
+    for note in notes + behaviour_warnings(counts, run.data):
+        print(f"entrypoint: warning: {note}", file=sys.stderr, flush=True)
 
 
 def behaviour_warnings(counts: Counts, data: Data) -> list[str]:
     """What makes the reference a poor stand-in for the policy that sampled the traces."""
-    warnings = []
+    notes = []
     if len(counts.models) > 1:
         found = ", ".join(f"{name} {rows:,}" for name, rows in sorted(counts.models.items(), key=lambda m: -m[1]))
-        warnings.append(
+        notes.append(
             f"the traces were sampled by {len(counts.models)} models (rows: {found}), but the behaviour policy is taken "
             "to be the base model; data.models keeps only some"
         )
     if counts.other_models:
-        warnings.append(f"{counts.other_models:,} rows were not sampled by data.behaviour_model={data.behaviour_model}")
+        notes.append(f"{counts.other_models:,} rows were not sampled by data.behaviour_model={data.behaviour_model}")
     if counts.logps_differ:
-        warnings.append(
+        notes.append(
             f"{counts.logps_differ:,} rows have recorded log-probs of other tokens than the tokenizer's: "
             "the reference stands in for them"
         )
-    return warnings
+    return notes
 
 
 def _quiet_libraries() -> None:
     """Leave the log to what this run has to say."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate|transformers|trl")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from entrypoint.data.groups import Groups, Int64
 from entrypoint.evaluation import HeldOut, evaluate
 from entrypoint.load import Loaded
 from entrypoint.reference import ReferenceLogProbs
+from entrypoint.scoring import Forward
 from entrypoint.tracking import Tracker
 from entrypoint.trainers.build import Plan
 from entrypoint.world import World
@@ -64,41 +67,51 @@ class Session:
         if not len(self.held):
             return {}
         method = self.run.method
-        return evaluate(
-            self._forward(self.trainer.model_wrapped if model is None else model),
-            self.held,
-            self.held_reference,
-            # In GRPO's objective the KL's weight stands where DPO's beta does: reward = beta log(policy / reference).
-            beta=method.kl_coeff if isinstance(method, Grpo) else method.beta,
-            pad=self.pad,
-            budget=self.run.train.micro_batch_tokens,
-            device=self.trainer.args.device,
-            world=self.world,
-        )
+        with self._scoring(self.trainer.model_wrapped if model is None else model) as forward:
+            return evaluate(
+                forward,
+                self.held,
+                self.held_reference,
+                # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
+                beta=method.kl_coeff if isinstance(method, Grpo) else method.beta,
+                pad=self.pad,
+                budget=self.run.train.micro_batch_tokens,
+                device=self.trainer.args.device,
+                world=self.world,
+            )
 
     def _fill(self, reference: ReferenceLogProbs, groups: Groups, responses: Int64, model: nn.Module) -> None:
-        computed = reference.compute(
-            self._forward(model),
-            groups,
-            responses,
-            pad=self.pad,
-            budget=self.run.train.micro_batch_tokens,
-            device=self.trainer.args.device,
-            world=self.world,
-        )
+        with self._scoring(model) as forward:
+            computed = reference.compute(
+                forward,
+                groups,
+                responses,
+                pad=self.pad,
+                budget=self.run.train.micro_batch_tokens,
+                device=self.trainer.args.device,
+                world=self.world,
+            )
         self.world.say(f"reference log-probs of {len(responses):,} responses, {computed:,} of them computed now")
 
-    def _forward(self, model: nn.Module) -> Any:
-        """The model for scoring: not training, in the run's precision, without DDP's collectives around it."""
+    @contextmanager
+    def _scoring(self, model: nn.Module) -> Iterator[Forward]:
+        """The model's forward for scoring: in the run's precision, without DDP's collectives around it.
+
+        Afterwards the model is in the mode that it was in: TRL files a step's metrics by it.
+        """
         accelerator = self.trainer.accelerator
         bare = accelerator.unwrap_model(model)
+        training = bare.training
 
         def forward(**inputs: Any) -> Any:
-            bare.eval()
             with accelerator.autocast():
                 return bare(**inputs)
 
-        return forward
+        bare.eval()
+        try:
+            yield forward
+        finally:
+            bare.train(training)
 
     def _read_before(self) -> dict[str, float] | None:
         path = self.loaded.checkpoints.folder / BEFORE
