@@ -7,7 +7,7 @@ import sys
 
 from entrypoint.config import load
 from entrypoint.errors import RefusedElsewhere, RunError
-from entrypoint.launcher import launch, report_verdict
+from entrypoint.launch.launcher import launch, report_verdict
 
 
 def main(argv: list[str]) -> int:

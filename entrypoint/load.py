@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from entrypoint.checkpoint import Checkpoints
 from entrypoint.conf import Run
 from entrypoint.config import fingerprint_keys
 from entrypoint.data.locations import find_files
 from entrypoint.data.prepare import Prepared, load_prepared, prepare, prepared_key
 from entrypoint.data.tokens import load_tokenizer
 from entrypoint.errors import ModelError
-from entrypoint.model_files import fetch_model, model_identity
-from entrypoint.output import claim_output
+from entrypoint.model.fetch import fetch_model, model_identity
+from entrypoint.output.publish import claim_output
+from entrypoint.training.checkpoint import Checkpoints
 from entrypoint.world import World
 
 

@@ -15,16 +15,16 @@ import datasets
 import transformers
 
 from entrypoint.conf import Data, Run
-from entrypoint.course import Course
 from entrypoint.data.report import Counts
 from entrypoint.errors import StoppedError
-from entrypoint.evaluation import held_out
-from entrypoint.hand_off import hand_off
 from entrypoint.load import Loaded, load, load_model
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.session import Session
-from entrypoint.tracking import Tracker
-from entrypoint.trainers.build import Plan, build_trainer, compute_dtype, pad_id, plan
+from entrypoint.output.hand_off import hand_off
+from entrypoint.tracking.tracker import Tracker
+from entrypoint.training.build import Plan, build_trainer, compute_dtype, pad_id, plan
+from entrypoint.training.course import Course
+from entrypoint.training.evaluation import held_out
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.session import Session
 from entrypoint.world import World, joined
 
 MANY_EPOCHS = 10  # more passes over the same traces than this are seldom meant
@@ -143,8 +143,8 @@ def behaviour_warnings(counts: Counts, data: Data) -> list[str]:
     if len(counts.models) > 1:
         found = ", ".join(f"{name} {rows:,}" for name, rows in sorted(counts.models.items(), key=lambda m: -m[1]))
         notes.append(
-            f"the traces were sampled by {len(counts.models)} models (rows: {found}), but the behaviour policy is taken "
-            "to be the base model; data.models keeps only some"
+            f"the traces were sampled by {len(counts.models)} models (rows: {found}), but the behaviour policy is "
+            "taken to be the base model; data.models keeps only some"
         )
     if counts.other_models:
         notes.append(f"{counts.other_models:,} rows were not sampled by data.behaviour_model={data.behaviour_model}")

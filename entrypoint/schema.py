@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from entrypoint.conf import METHODS
-from entrypoint.conf.keys import INT_MAX, Key, groups, keys
+from entrypoint.config.keys import INT_MAX, Key, groups, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FIRST, SECOND = METHODS  # the first is the default
@@ -22,7 +22,7 @@ def schema() -> dict[str, Any]:
     """The schema of a run file that has no defaults list.
 
     Key by key it accepts what composing accepts, text of blanks or with line breaks aside; what must hold between keys
-    is `entrypoint.checks`'s.
+    is `entrypoint.config.checks`'s.
     """
     tops = [name for name in groups(FIRST) if "." not in name]
     shared = {name: _group(name, FIRST) for name in tops if name not in ("method", "train")}

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from entrypoint.batches import MicroBatch, StepSampler, deal, group_units, pack, pair_units
 from entrypoint.data.groups import Groups
 from entrypoint.data.pairs import Pairs, pairs_of
+from entrypoint.training.batches import MicroBatch, StepSampler, deal, group_units, pack, pair_units
 from tests.trainers.sample_groups import ragged_groups
 
 

@@ -13,15 +13,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entrypoint.checks import check
 from entrypoint.conf import Dpo, Grpo, Run
-from entrypoint.conf.keys import groups, keys
-from entrypoint.conf.read import read_run
-from entrypoint.conf.usage import markdown
-from entrypoint.conf.value import read_value
 from entrypoint.config import compose, fingerprint_keys, flatten, load, load_data, resolve
+from entrypoint.config.checks import check
+from entrypoint.config.keys import groups, keys
+from entrypoint.config.read import read_run
+from entrypoint.config.usage import markdown
+from entrypoint.config.value import read_value
 from entrypoint.errors import ConfigError
-from entrypoint.rank_process import LAUNCH_VARIABLE
+from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from tests.bad_configurations import BAD, PATHS, Bad
 from tests.process import ROOT, run_entrypoint, scrubbed
 
@@ -313,7 +313,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_documentation_is_the_generated_one() -> None:
     page = ROOT / "docs/configuration.md"
-    assert page.read_text() == markdown(), f"python -m entrypoint.conf.usage > {page.relative_to(ROOT)}"
+    assert page.read_text() == markdown(), f"python -m entrypoint.config.usage > {page.relative_to(ROOT)}"
 
 
 def test_what_makes_a_run_this_run() -> None:

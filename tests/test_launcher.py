@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from entrypoint.errors import ConfigError
-from entrypoint.launcher import combine, report_verdict
-from entrypoint.topology import cuda_devices, free_port, read_topology, visible_devices
+from entrypoint.launch.launcher import combine, report_verdict
+from entrypoint.launch.topology import cuda_devices, free_port, read_topology, visible_devices
 
 DEADLINE = 60.0
 ROOT = Path(__file__).parent.parent
 DRIVER = (
-    "import os, sys\nfrom entrypoint.launcher import launch\n"
+    "import os, sys\nfrom entrypoint.launch.launcher import launch\n"
     "from entrypoint.errors import RunError\n"
     "patience, *argv = sys.argv[1:]\n"
     "try: code = launch(argv, os.environ, module='tests.toy_rank', patience=float(patience), kill_after=0.3)\n"

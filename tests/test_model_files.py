@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from entrypoint.errors import ModelError
-from entrypoint.model_files import base_dtype, check_model, fetch_model, model_identity
+from entrypoint.model.fetch import base_dtype, check_model, fetch_model, model_identity
 from tests.servers.s3 import S3Server
 
 

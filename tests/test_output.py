@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from entrypoint.errors import CheckpointError, RunError, StoppedError
-from entrypoint.output import claim_output, find_output, publish, save_model
-from entrypoint.target import LocalTarget, S3Target
+from entrypoint.output.publish import claim_output, find_output, publish, save_model
+from entrypoint.output.target import LocalTarget, S3Target
 from tests.servers.s3 import S3Server
 
 FINGERPRINT = {"data.path": "s3://b/traces", "train.learning_rate": 1e-05, "model": "ab12"}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from entrypoint.conf.keys import Key, keys
-from entrypoint.conf.value import read_value
 from entrypoint.config import compose
+from entrypoint.config.keys import Key, keys
+from entrypoint.config.value import read_value
 from entrypoint.errors import ConfigError
 from entrypoint.schema import schema
 from tests.process import run_entrypoint

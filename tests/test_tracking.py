@@ -16,10 +16,10 @@ import pytest
 from entrypoint.conf import Checkpoint, Data, Dpo, Model, Output, Run, Tracking
 from entrypoint.conf import train as train_conf
 from entrypoint.errors import ConfigError
-from entrypoint.metrics_log import read_metrics
-from entrypoint.mlflow_run import MlflowRun
-from entrypoint.progress import Progress
-from entrypoint.tracking import Tracker
+from entrypoint.tracking.metrics_log import read_metrics
+from entrypoint.tracking.mlflow_run import MlflowRun
+from entrypoint.tracking.progress import Progress
+from entrypoint.tracking.tracker import Tracker
 from tests.servers.mlflow import MlflowServer
 
 RECORD = {

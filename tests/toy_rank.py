@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from entrypoint.launcher import report_verdict
+from entrypoint.launch.launcher import report_verdict
 
 DEADLINE = 60.0  # seconds; nothing waits longer, so that a failing test leaves no process behind
 RANK = os.environ["RANK"]

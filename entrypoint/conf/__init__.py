@@ -59,7 +59,7 @@ def register() -> None:
     """Put the groups into Hydra's store.
 
     As plain values, without their types: OmegaConf's types would turn a reward column `true` into 'True', a consent
-    of 2 into true, and a bad number into "Error merging override". `entrypoint.conf.read` types the composed tree
+    of 2 into true, and a bad number into "Error merging override". `entrypoint.config.read` types the composed tree
     by these dataclasses, exactly and with a better sentence.
     """
     store = ConfigStore.instance()

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entrypoint.checkpoint import Checkpoints
 from entrypoint.conf import Checkpoint, Dpo, DpoTrain, Grpo, GrpoTrain, Lora, Model, Run
 from entrypoint.data.groups import Groups
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.trainers.build import Plan, build_trainer, plan
+from entrypoint.training.build import Plan, build_trainer, plan
+from entrypoint.training.checkpoint import Checkpoints
+from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.world import World
 
 ALONE = World(rank=0, local_rank=0, size=1, store=None)

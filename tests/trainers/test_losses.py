@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from entrypoint.conf import Dpo, Grpo
 from entrypoint.data.groups import Groups
-from entrypoint.trainers.grpo import advantages
+from entrypoint.training.grpo import advantages
 from tests.trainers.builders import GivenReference, make_run, make_trainer
 from tests.trainers.sample_groups import EOS, ragged_groups
 

@@ -116,7 +116,10 @@ class Checkpoints:
         aside.mkdir()
         for path in complete:
             path.rename(aside / path.name)
-        print(f"entrypoint: checkpoint.resume=never: {len(complete)} older checkpoints were moved to {aside}", file=sys.stderr)
+        print(
+            f"entrypoint: checkpoint.resume=never: {len(complete)} older checkpoints were moved to {aside}",
+            file=sys.stderr,
+        )
 
     def _complete(self) -> list[Path]:
         """Newest first, by step: times say nothing after a copy."""

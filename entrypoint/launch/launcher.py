@@ -20,8 +20,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 
 from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from entrypoint.rank_process import LAUNCH_VARIABLE, STDERR, STDOUT, VERDICT_VARIABLE, Output, RankProcess, start_rank
-from entrypoint.topology import Topology, read_topology
+from entrypoint.launch.rank_process import (
+    LAUNCH_VARIABLE,
+    STDERR,
+    STDOUT,
+    VERDICT_VARIABLE,
+    Output,
+    RankProcess,
+    start_rank,
+)
+from entrypoint.launch.topology import Topology, read_topology
 
 PATIENCE = 30.0  # seconds: what siblings get after a crash or a 64, and a rank to leave after its verdict
 KILL_AFTER = 10.0  # seconds between the SIGTERM that ends the patience and SIGKILL

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoint.errors import ModelError
-from entrypoint.model_folder import INDEX, PARTS, base_dtype, check_model, check_names, model_identity, weight_names
-from entrypoint.rank_process import LAUNCH_VARIABLE
+from entrypoint.launch.rank_process import LAUNCH_VARIABLE
+from entrypoint.model.folder import INDEX, PARTS, base_dtype, check_model, check_names, model_identity, weight_names
 from entrypoint.storage import explained, filesystem, is_s3, local_path, sync_folder, write_atomically
 
 if TYPE_CHECKING:

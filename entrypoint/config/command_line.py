@@ -14,9 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from entrypoint.conf import METHODS
-from entrypoint.conf.keys import Key, keys
-from entrypoint.conf.unknown import unknown_key
-from entrypoint.conf.value import show, spell
+from entrypoint.config.keys import Key, keys
+from entrypoint.config.unknown import unknown_key
+from entrypoint.config.value import show, spell
 from entrypoint.errors import ConfigError
 
 LITERAL = re.compile(r"\+{0,2}([a-z_][a-z0-9_.]*)=([^\[\]{}'\"].*)", re.DOTALL)

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from entrypoint.batches import MicroBatch, StepSampler
-from entrypoint.checkpoint import Checkpoints
 from entrypoint.errors import DivergedError
+from entrypoint.training.batches import MicroBatch, StepSampler
+from entrypoint.training.checkpoint import Checkpoints
 
 Micro = dict[str, Any]  # tensors of one forward call, and under "weights" its sequences and tokens
 

@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from entrypoint.conf import Grpo, Run
-from entrypoint.course import Course
 from entrypoint.data.groups import Groups, Int64
-from entrypoint.evaluation import HeldOut, evaluate
 from entrypoint.load import Loaded
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.scoring import Forward
-from entrypoint.tracking import Tracker
-from entrypoint.trainers.build import Plan
+from entrypoint.tracking.tracker import Tracker
+from entrypoint.training.build import Plan
+from entrypoint.training.course import Course
+from entrypoint.training.evaluation import HeldOut, evaluate
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.scoring import Forward
 from entrypoint.world import World
 
 BEFORE = "before.json"  # the base model's metrics: a resumed run can't measure them again

@@ -9,13 +9,13 @@ import torch
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from entrypoint.batches import MicroBatch
 from entrypoint.conf import Grpo
 from entrypoint.data.groups import Float32, Float64, Groups, Int64
 from entrypoint.errors import DivergedError
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.scoring import EMPTY, collate, sequences
-from entrypoint.trainers.whole_batch import Micro, Rows, WholeBatch
+from entrypoint.training.batches import MicroBatch
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.scoring import EMPTY, collate, sequences
+from entrypoint.training.whole_batch import Micro, Rows, WholeBatch
 
 TOKEN_MEANS = frozenset({"bnpo", "dapo", "cispo", "vespo"})  # the other losses average over sequences
 CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})  # those that report clip ratios

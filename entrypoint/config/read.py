@@ -8,9 +8,9 @@ from typing import Any
 
 from entrypoint.conf import METHODS, Run
 from entrypoint.conf.key import REQUIRED
-from entrypoint.conf.keys import Key, groups, keys
-from entrypoint.conf.unknown import unknown_key
-from entrypoint.conf.value import read_value, show
+from entrypoint.config.keys import Key, groups, keys
+from entrypoint.config.unknown import unknown_key
+from entrypoint.config.value import read_value, show
 from entrypoint.errors import ConfigError
 
 GIVE = {

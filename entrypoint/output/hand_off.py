@@ -13,9 +13,9 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from entrypoint import __version__
-from entrypoint.model_files import base_dtype
-from entrypoint.output import publish, save_model
-from entrypoint.session import Session
+from entrypoint.model.fetch import base_dtype
+from entrypoint.output.publish import publish, save_model
+from entrypoint.training.session import Session
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 

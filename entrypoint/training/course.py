@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from entrypoint.tracking import Tracker
+from entrypoint.tracking.tracker import Tracker
 
 NOTHING, SAVE, STOP = 0, 1, 2
 

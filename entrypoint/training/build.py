@@ -11,15 +11,15 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, GRPOConfig
 
-from entrypoint.batches import StepSampler, Units, group_units, pair_units
 from entrypoint.conf import Checkpoint, Data, Dpo, Grpo, Lora, Run, Train
 from entrypoint.data.groups import Groups
 from entrypoint.data.pairs import pairs_of
 from entrypoint.errors import ConfigError, DataError
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.trainers.dpo import DpoRows, LoggedDpo
-from entrypoint.trainers.grpo import GrpoRows, LoggedGrpo
-from entrypoint.trainers.whole_batch import Rows, WholeBatch
+from entrypoint.training.batches import StepSampler, Units, group_units, pair_units
+from entrypoint.training.dpo import DpoRows, LoggedDpo
+from entrypoint.training.grpo import GrpoRows, LoggedGrpo
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.whole_batch import Rows, WholeBatch
 from entrypoint.world import World
 
 GRPO_PLACE = 2  # TRL wants a generation batch of whole groups; nothing is generated, so the smallest that it takes

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.errors import CheckpointError, RunError, StoppedError
-from entrypoint.final_model import save_model
+from entrypoint.model.final import save_model
+from entrypoint.output.target import Target, open_target
 from entrypoint.storage import explained, file_sha256, temporary
-from entrypoint.target import Target, open_target
 
 __all__ = ["claim_output", "find_output", "publish", "save_model"]
 

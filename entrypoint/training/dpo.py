@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from entrypoint.batches import MicroBatch
 from entrypoint.data.groups import Groups
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.scoring import EMPTY, collate, sequences
-from entrypoint.trainers.whole_batch import Micro, Rows, WholeBatch
+from entrypoint.training.batches import MicroBatch
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.scoring import EMPTY, collate, sequences
+from entrypoint.training.whole_batch import Micro, Rows, WholeBatch
 
 CHOSEN_TOKENS = frozenset({"logits/chosen", "mean_token_accuracy"})
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from entrypoint.conf import METHODS
-from entrypoint.conf.keys import Key, groups, keys
-from entrypoint.conf.value import expected, show
+from entrypoint.config.keys import Key, groups, keys
+from entrypoint.config.value import expected, show
 
 USAGE = """\
 Tunes a language model on labelled traces, by GRPO or DPO.
@@ -23,7 +23,7 @@ Exit codes: 0 done; 64 the configuration, the data or the run can't be used; 75 
 INTRODUCTION = """\
 # Configuration
 
-Written by `python -m entrypoint.conf.usage` from the dataclasses in `entrypoint/conf/`; a test compares.
+Written by `python -m entrypoint.config.usage` from the dataclasses in `entrypoint/conf/`; a test compares.
 
 A run is described by keys, on the command line (`train.batch_size=8`), in one mounted YAML file
 (`--config-dir /etc/run --config-name run`), or in both, where the command line wins.

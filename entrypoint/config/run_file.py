@@ -18,7 +18,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from entrypoint.conf import METHODS, register
-from entrypoint.conf.value import SHOWN, show, spell
+from entrypoint.config.value import SHOWN, show, spell
 from entrypoint.errors import ConfigError
 
 EXAMPLE = "defaults: [base, {override method: dpo}, _self_]"

@@ -7,7 +7,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from entrypoint.conf.keys import INT_MAX, Key
+from entrypoint.config.keys import INT_MAX, Key
 from entrypoint.errors import ConfigError
 
 SHOWN = 80  # characters of a value that a message repeats

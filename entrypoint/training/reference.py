@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from entrypoint.data.groups import Float32, Groups, Int64
-from entrypoint.scoring import Forward, log_probs
+from entrypoint.training.scoring import Forward, log_probs
 from entrypoint.world import World
 
 SCHEMA = pa.schema([("response", pa.int64()), ("log_probs", pa.list_(pa.float32()))])

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.conf import Run
-from entrypoint.conf.keys import fingerprint_keys, flatten
-from entrypoint.metrics_log import MetricsLog
-from entrypoint.mlflow_run import MlflowRun
-from entrypoint.progress import HELD_OUT, Progress
+from entrypoint.config.keys import fingerprint_keys, flatten
 from entrypoint.storage import write_atomically
+from entrypoint.tracking.metrics_log import MetricsLog
+from entrypoint.tracking.mlflow_run import MlflowRun
+from entrypoint.tracking.progress import HELD_OUT, Progress
 
 RUN_FILE = "tracking.json"  # in the checkpoint folder: whose metrics are there
 

@@ -10,8 +10,8 @@ import torch
 from entrypoint.conf import Data, Dpo
 from entrypoint.data.groups import Float64, Groups, Int64
 from entrypoint.data.pairs import Pairs, pairs_of
-from entrypoint.reference import ReferenceLogProbs
-from entrypoint.scoring import Forward, log_probs
+from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.scoring import Forward, log_probs
 from entrypoint.world import World
 
 

@@ -12,17 +12,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from entrypoint import __version__
-from entrypoint.checks import check, check_data
 from entrypoint.conf import Run
-from entrypoint.conf.command_line import CommandLine, parse
-from entrypoint.conf.keys import fingerprint_keys, flatten
-from entrypoint.conf.read import read_run, refuse_unknown
-from entrypoint.conf.run_file import compose_run, resolved
-from entrypoint.conf.usage import usage
-from entrypoint.conf.value import spell
+from entrypoint.config.checks import check, check_data
+from entrypoint.config.command_line import CommandLine, parse
+from entrypoint.config.keys import fingerprint_keys, flatten
+from entrypoint.config.places import on_first_rank
+from entrypoint.config.read import read_run, refuse_unknown
+from entrypoint.config.run_file import compose_run, resolved
+from entrypoint.config.usage import usage
+from entrypoint.config.value import spell
 from entrypoint.errors import ConfigError
-from entrypoint.places import on_first_rank
-from entrypoint.rank_process import LAUNCH_VARIABLE
+from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.storage import is_s3, local_path
 
 __all__ = ["compose", "fingerprint_keys", "flatten", "load", "load_data", "resolve"]

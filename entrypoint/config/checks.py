@@ -11,8 +11,8 @@ from datetime import date
 from urllib.parse import urlsplit
 
 from entrypoint.conf import Data, Run, Train
+from entrypoint.config.places import check_places, check_sources, sources_of
 from entrypoint.errors import ConfigError
-from entrypoint.places import check_places, check_sources, sources_of
 from entrypoint.storage import is_s3
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")

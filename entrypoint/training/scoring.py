@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from entrypoint.batches import deal, pack
 from entrypoint.data.groups import Float32, Groups, Int32, Int64
+from entrypoint.training.batches import deal, pack
 from entrypoint.world import World
 
 Forward = Callable[..., Any]  # a model with TRL's fused head: (input_ids, attention_mask, labels) -> log_probs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from entrypoint.conf import METHODS
-from entrypoint.conf.keys import groups, keys
-from entrypoint.conf.value import spell
+from entrypoint.config.keys import groups, keys
+from entrypoint.config.value import spell
 from entrypoint.errors import ConfigError
 
 # What other programs call our keys; `method.` ones stand under both methods where both have them.

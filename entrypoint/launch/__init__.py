@@ -1,0 +1,1 @@
+"""Starting a node's ranks and returning their one verdict."""

@@ -1,0 +1,1 @@
+"""Steps, losses, evaluation and checkpoints: TRL's trainers over logged groups."""
