@@ -125,7 +125,8 @@ def _read_rows(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, 
         ]
     )
     ties = [name for name in ("prompt", "logps", "ids") if name in schema.names]
-    tie = f", hash({', '.join(ties)}) AS tie" if ties else ""
+    last = "CASE WHEN logps IS NULL THEN 1::UBIGINT << 63 ELSE 0 END + " if "logps" in ties else ""
+    tie = f", {last}(hash({', '.join(ties)}) >> 1) AS tie" if ties else ""
     feed = Feed(schema, batches())
     connection.register("reader", feed.reader)
     with feed.feeding():

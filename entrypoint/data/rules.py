@@ -44,6 +44,11 @@ class Rules:
     @classmethod
     def of(cls, data: Data) -> Rules:
         first, last = _day("date_from", data.date_from), _day("date_to", data.date_to)
+        if (data.logprobs_column is None) != (data.token_ids_column is None):
+            raise ConfigError(
+                f"data.logprobs_column is {data.logprobs_column!r} and data.token_ids_column {data.token_ids_column!r};"
+                " expected both or neither: log-probs count only where their tokens are the same"
+            )
         columns = Columns(
             reward=data.reward_column,
             consent=data.require_consent,

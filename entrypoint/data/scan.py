@@ -109,12 +109,13 @@ def _sizes(group: pq.RowGroupMetaData, names: Any) -> tuple[int, int, int]:
 
 @contextmanager
 def _named(file: TraceFile) -> Iterator[None]:
-    """Name a damaged file. Arrow has no type for damage: it raises an ArrowException, or an OSError without number."""
+    """Name a damaged file. Arrow has no type for damage: it raises an ArrowException, or a bare OSError."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or error.__cause__ is not None):
-            raise  # of the storage
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        of_storage = type(error) is not OSError or error.errno is not None or error.__cause__ is not None
+        if isinstance(error, OSError) and of_storage:
+            raise
         message = " ".join(str(error).split())[:300]
         raise DataError(
             f"{file.path}: torn or not Parquet ({message}); expected a whole file; write it anew or leave it out"

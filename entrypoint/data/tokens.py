@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the library raise
-        message = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())[:160]
         raise ModelError(
             f"{folder}: no tokenizer can be loaded ({message}); expected tokenizer.json beside the model"
         ) from error

@@ -46,7 +46,7 @@ def test_no_pair_without_contrast() -> None:
 
 
 def test_overlapping_thresholds_never_pair_a_response_with_its_equal() -> None:
-    """Both responses are chosen (>= 0.2) and rejected (< 0.9): best 0.6 with worst 0.4; then 0.4 with 0.6 is refused."""
+    """Both are chosen (>= 0.2) and rejected (< 0.9): best 0.6 with worst 0.4; then 0.4 with 0.6 is refused."""
     assert found([0.6, 0.4], chosen_threshold=0.2, rejected_threshold=0.9) == [(0, 1)]
     assert found([0.5, 0.5], chosen_threshold=0.2, rejected_threshold=0.9) == []
 

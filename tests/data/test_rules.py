@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def test_timestamp_types(tokenizer: Tokenizer, lake: Path, cache: Path, kind: pa
     if pa.types.is_date(kind):
         times = [time and time.date() for time in times]
     elif kind.tz:
-        times = [time and time.replace(tzinfo=timezone.utc) for time in times]
+        times = [time and time.replace(tzinfo=UTC) for time in times]
     write(lake / "a.parquet", group("p", 0.9, 0.1, timestamp=times[0]), schema)
     write(lake / "b.parquet", [row("p", f"other {i}", 0.5, timestamp=time) for i, time in enumerate(times[1:])], schema)
     counts = prepared(tokenizer, lake, cache, date_from="2026-03-14", date_to="2026-03-14").counts
@@ -219,7 +219,7 @@ def test_an_unconsented_column_need_not_exist_where_consent_is_not_required(
 
 
 def test_models_are_counted_and_others_told(tokenizer: Tokenizer, lake: Path, cache: Path) -> None:
-    rows = group("p", 0.9, 0.1, model="base") + [row("p", "x", 0.4, model="gpt"), row("p", "y", 0.3, model=None)]
+    rows = [*group("p", 0.9, 0.1, model="base"), row("p", "x", 0.4, model="gpt"), row("p", "y", 0.3, model=None)]
     write(lake / "a.parquet", rows)
     counts = prepared(tokenizer, lake, cache, behaviour_model="base").counts
     assert counts.models == {"base": 2, "gpt": 1, "(not recorded)": 1}
@@ -243,5 +243,5 @@ def test_dates_are_compared_as_days(tokenizer: Tokenizer, lake: Path, cache: Pat
     assert date(2026, 3, 14) == DAY.date()
     write(lake / "a.parquet", group("p", 0.9, 0.1))
     assert len(contents(prepared(tokenizer, lake, cache, date_from="2026-03-14"))) == 1
-    with pytest.raises(NoGroupLeft, match="2 were dropped as 'outside data.date_from..date_to'"):
+    with pytest.raises(NoGroupLeft, match=r"2 were dropped as .outside data\.date_from"):
         prepared(tokenizer, lake, cache, date_from="2026-03-15")

@@ -64,7 +64,11 @@ def drop_column(rows: Iterable[Mapping[str, Any]], *names: str) -> tuple[list[di
 
 
 def prepared(
-    tokenizer: PreTrainedTokenizerBase, path: Path | str | Sequence[Any], cache: Path, max_length: int = 200, **data: Any
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path | str | Sequence[Any],
+    cache: Path,
+    max_length: int = 200,
+    **data: Any,
 ) -> Prepared:
     """`prepare` with nothing held out unless a test says so."""
     return prepare(Data(path=path, **({"held_out_share": 0.0} | data)), max_length, tokenizer, cache)
