@@ -6,7 +6,7 @@ import os
 import sys
 
 from entrypoint.config import load
-from entrypoint.errors import RefusedElsewhere, RunError
+from entrypoint.errors import RunError
 from entrypoint.launch.launcher import launch, report_verdict
 
 
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
 
 def explain(error: RunError) -> None:
     """Say what ended the run, in one line that is the log's last; where rows were dropped, their table before it."""
-    if isinstance(error, RefusedElsewhere) and os.environ.get("LOCAL_RANK") != "0":
-        return  # rank 0 of this node has said it, or the first rank of another
+    if error.by_all and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     if table := getattr(error, "table", ""):
         print(table, flush=True)
     print(f"entrypoint: {error}", file=sys.stderr, flush=True)

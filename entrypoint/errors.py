@@ -13,6 +13,7 @@ class RunError(Exception):
     """An end of the run that is explained in one line: where, what was got, what was expected, what to do."""
 
     exit_code = EXIT_REFUSED
+    by_all = False  # raised by every rank alike: one of each node says it
 
 
 class ConfigError(RunError):
@@ -34,12 +35,17 @@ class CheckpointError(RunError):
 class DivergedError(RunError):
     """The optimisation has left the region where its numbers mean anything."""
 
+    by_all = True
+
 
 class RefusedElsewhere(RunError):
     """Rank 0 has refused the run and said why; the other ranks leave with its exit code."""
+
+    by_all = True
 
 
 class StoppedError(RunError):
     """The run was told to stop and has saved: the same command goes on from there."""
 
     exit_code = EXIT_STOPPED
+    by_all = True

@@ -61,7 +61,7 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
     held = held_out(loaded.traces.held_out, run.data, limit=run.train.eval_pairs)
     if world.is_main:
         report(run, loaded, steps, pairs=len(held))
-    tracker = Tracker(run, resumed_at=loaded.resume_step, total_steps=steps.steps) if world.is_main else None
+    tracker = _tracker(run, loaded, steps, world)
     course = Course(eval_steps=run.train.eval_steps, tracker=tracker)
     log_probs = loaded.reference_folder(compute_dtype(run.train))
     reference = ReferenceLogProbs(log_probs / "train")
@@ -90,6 +90,17 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
     course.evaluate = session.evaluate
     trainer.feed(steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base)
     return session
+
+
+def _tracker(run: Run, loaded: Loaded, steps: Plan, world: World) -> Tracker | None:
+    """Where metrics go, on rank 0; where it is refused, all ranks leave."""
+    made: list[Tracker] = []
+
+    def make() -> None:
+        made.append(Tracker(run, resumed_at=loaded.resume_step, total_steps=steps.steps))
+
+    world.once(make)
+    return made[0] if made else None
 
 
 def train(session: Session) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from entrypoint.errors import RefusedElsewhere, RunError
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
 FAREWELL_SECONDS = 10  # rank 0 keeps the store open this long, so that the others learn why it leaves
 
@@ -116,9 +117,11 @@ def joined(collective_timeout: int) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     if size == 1:
         # accelerate makes a process group and DDP even for a lone rank where it sees these.
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
-        yield World(rank, local_rank, size, None)
+        hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+        try:
+            yield World(rank, local_rank, size, None)
+        finally:
+            os.environ.update(hidden)
         return
     store, rank, size = next(iter(dist.rendezvous("env://", rank, size)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -21,29 +21,34 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def hand_off(session: Session) -> None:
-    """Write the final model under a staging name, then publish it with its record, `run.json` last."""
-    run, world = session.run, session.world
+    """Write the final model under a staging name, then publish it with its record, `run.json` last.
+
+    Raises:
+        RunError: it can't be written to `output.path`; on every rank.
+    """
     state = full_state(session)
-    record = None
-    if world.is_main:
-        staging = session.loaded.checkpoints.folder / "final.partial"
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed here
-        name = base_dtype(session.loaded.model_folder) if run.output.dtype == "auto" else run.output.dtype
-        save_model(
-            session.trainer.accelerator.unwrap_model(session.trainer.model),
-            session.loaded.tokenizer,
-            staging,
-            dtype=getattr(torch, name),
-            state_dict=state,
-            merge=run.model.lora.merge,
-            base=run.model.path,
-        )
-        record = publish(staging, run.output.path, run.data.endpoint_url, describe(session))
-        shutil.rmtree(staging, ignore_errors=True)
-        if session.tracker:
-            session.tracker.finish(record)
-    world.say(f"done: {run.output.path} holds the model and run.json")
-    world.barrier()  # nobody leaves before the model is there
+    session.world.once(lambda: _publish(session, state))
+    session.world.say(f"done: {session.run.output.path} holds the model and run.json")
+
+
+def _publish(session: Session, state: dict[str, Any] | None) -> None:
+    run = session.run
+    staging = session.loaded.checkpoints.folder / "final.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed here
+    name = base_dtype(session.loaded.model_folder) if run.output.dtype == "auto" else run.output.dtype
+    save_model(
+        session.trainer.accelerator.unwrap_model(session.trainer.model),
+        session.loaded.tokenizer,
+        staging,
+        dtype=getattr(torch, name),
+        state_dict=state,
+        merge=run.model.lora.merge,
+        base=run.model.path,
+    )
+    record = publish(staging, run.output.path, run.data.endpoint_url, describe(session))
+    shutil.rmtree(staging, ignore_errors=True)
+    if session.tracker:
+        session.tracker.finish(record)
 
 
 def full_state(session: Session) -> dict[str, Any] | None:

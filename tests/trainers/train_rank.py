@@ -9,12 +9,14 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from entrypoint.conf import Dpo, Grpo
+from entrypoint.output.hand_off import full_state
 from entrypoint.world import World, joined
 from tests.trainers.builders import make_run, make_trainer
 from tests.trainers.fsdp_on_cpu import allow_fsdp_on_cpu
@@ -58,6 +60,12 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
     found = world.once(lambda: str(path) if (path := trainer._checkpoints.find("auto")) else None)
     trainer.train(resume_from_checkpoint=found)
     weights.append(flat([p for p in trainer.model_wrapped.parameters() if p.requires_grad]))
+    if "fsdp" in options:
+        gathered = full_state(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+        if world.is_main:
+            names = [name for name, _ in trainer.model_wrapped.named_parameters()]
+            assert gathered is not None
+            assert torch.equal(torch.cat([gathered[name].reshape(-1) for name in names]), weights[-1])
     if world.is_main:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         torch.save({"logs": logs, "gradients": gradients, "weights": weights}, out / f"{name}.pt")
