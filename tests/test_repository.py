@@ -101,3 +101,10 @@ def test_what_pip_was_told_of_indexes_and_certificates_uv_is_told_too(tmp_path: 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports(module: str) -> None:
     importlib.import_module(module)
+
+
+def test_the_readme_names_every_file_of_the_package() -> None:
+    """Each with a line, or among its neighbours: a newcomer's map has no blank spot."""
+    tree = (ROOT / "README.md").read_text().split("## Files")[1]
+    files = [path for path in (ROOT / "entrypoint").rglob("*.py") if path.name != "__init__.py"]
+    assert [path.name for path in files if path.name not in tree] == []
