@@ -93,7 +93,8 @@ VALUES = [
         "quoted", "train.learning_rate: expected a number > 0 and < 1, got '1e-5'; remove", "train.learning_rate='1e-5'"
     ),
     line("choice", "got 'sigmod'; did you mean sigmoid?", "method=dpo", "method.loss_type=sigmod"),
-    line("refused loss", "method.loss_type: expected one of sigmoid, hinge", "method=dpo", "method.loss_type=aot"),
+    line("refused loss", "got 'aot'; it needs the whole batch at once", "method=dpo", "method.loss_type=aot"),
+    line("refused option", "it needs the whole batch at once", "method.entropy_coef=0.1"),
     line("bool", "data.require_consent: expected true or false, got 'yes'", "data.require_consent=yes"),
     line("bool 2", "data.require_consent: expected true or false, got 2", "data.require_consent=2"),
     line(

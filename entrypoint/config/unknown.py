@@ -45,6 +45,8 @@ NOT_HERE = {
     "access_key": "credentials come from the usual AWS chain, never from the configuration; remove it",
     "aws_access_key_id": "credentials come from the usual AWS chain, never from the configuration; remove it",
     "aws_secret_access_key": "credentials come from the usual AWS chain, never from the configuration; remove it",
+    "entropy_coef": "it needs the whole batch at once, which is computed in parts; remove it",
+    "top_entropy_quantile": "it needs the whole batch at once, which is computed in parts; remove it",
     "devices": "the launcher takes the number of ranks from LOCAL_WORLD_SIZE; remove it",
     "gradient_accumulation_steps": "derived from train.batch_size and train.micro_batch_tokens; remove it",
     "num_generations": "the traces say how many responses a prompt has; remove it",

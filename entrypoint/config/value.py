@@ -10,6 +10,7 @@ from typing import Any
 from entrypoint.config.keys import INT_MAX, Key
 from entrypoint.errors import ConfigError
 
+WHOLE_BATCH = ("aot", "aot_unpaired", "sft")  # TRL's losses that sort, or average tokens, over one forward call
 SHOWN = 80  # characters of a value that a message repeats
 PASSWORD = re.compile(r"(?<=//)[^/@\s]+(?=@)")  # of http://user:password@host; a message never repeats it
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -110,6 +111,8 @@ def _text(key: Key, value: Any) -> str:
     if key.choices:
         if value in key.choices:
             return str(value)
+        if value in WHOLE_BATCH:
+            _refuse(key, value, "; it needs the whole batch at once, which is computed in parts")
         close = get_close_matches(value, key.choices, n=1) if isinstance(value, str) else []
         _refuse(key, value, f"; did you mean {close[0]}?" if close else "")
     if isinstance(value, bool):
