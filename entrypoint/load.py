@@ -57,9 +57,7 @@ def load(run: Run, world: World) -> Loaded | None:
     tokenizer = load_tokenizer(folder)
     max_length = context_of(folder, tokenizer, run.train.max_length)
     if max_length < run.train.max_length:
-        world.say(
-            f"entrypoint: warning: train.max_length={run.train.max_length}, but the model has {max_length} positions"
-        )
+        world.warn(f"train.max_length={run.train.max_length}, but the model has {max_length} positions")
     cache = Path(str(run.data.cache_path))
     checkpoint_folder = Path(str(run.checkpoint.path))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 
@@ -59,8 +58,7 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
     """
     steps = plan(run, loaded.traces.train, world)
     held = held_out(loaded.traces.held_out, run.data, limit=run.train.eval_pairs)
-    if world.is_main:
-        report(run, loaded, steps, pairs=len(held))
+    report(run, loaded, steps, world, pairs=len(held))
     tracker = _tracker(run, loaded, steps, world)
     course = Course(eval_steps=run.train.eval_steps, tracker=tracker)
     log_probs = loaded.reference_folder(compute_dtype(run.train))
@@ -124,15 +122,14 @@ def train(session: Session) -> None:
     session.after = session.evaluate()
 
 
-def report(run: Run, loaded: Loaded, steps: Plan, *, pairs: int) -> None:
-    """What the run is about to do, and what of it is seldom meant; on rank 0."""
+def report(run: Run, loaded: Loaded, steps: Plan, world: World, *, pairs: int) -> None:
+    """What the run is about to do, and what of it is seldom meant."""
     counts = loaded.traces.counts
-    print(counts.text(), flush=True)
+    world.say(counts.text())
     unit = "groups" if run.method.name == "grpo" else "pairs"
-    print(
+    world.say(
         f"{run.method.name}: {len(steps.sampler.units):,} {unit}, {steps.steps:,} steps of up to "
-        f"{run.train.batch_size}, {steps.epochs:.2f} epochs; {pairs:,} held-out pairs",
-        flush=True,
+        f"{run.train.batch_size}, {steps.epochs:.2f} epochs; {pairs:,} held-out pairs"
     )
     notes = []
     if steps.groups_without_pair:
@@ -145,7 +142,7 @@ def report(run: Run, loaded: Loaded, steps: Plan, *, pairs: int) -> None:
     if not pairs:
         notes.append("no held-out group makes a pair: the run is not evaluated; see data.held_out_share")
     for note in notes + behaviour_warnings(counts, run.data):
-        print(f"entrypoint: warning: {note}", file=sys.stderr, flush=True)
+        world.warn(note)
 
 
 def behaviour_warnings(counts: Counts, data: Data) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from entrypoint.errors import RefusedElsewhere, RunError
+from entrypoint.errors import ConfigError, RefusedElsewhere, RunError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
@@ -97,6 +98,11 @@ class World:
         if self.is_main:
             print(line, flush=True)
 
+    def warn(self, line: str) -> None:
+        """Print a warning, on rank 0."""
+        if self.is_main:
+            print(f"entrypoint: warning: {line}", file=sys.stderr, flush=True)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` summed over the ranks, in place."""
         if self.size > 1:
@@ -114,6 +120,11 @@ def joined(collective_timeout: int) -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_WORLD_SIZE: rank {local_rank} of this node has no CUDA device, there are "
+                f"{torch.cuda.device_count()}; start one rank a device"
+            )
         torch.cuda.set_device(local_rank)
     if size == 1:
         # accelerate makes a process group and DDP even for a lone rank where it sees these.

@@ -13,6 +13,7 @@ from torch import nn
 from entrypoint.conf import Grpo, Run
 from entrypoint.data.groups import Groups, Int64
 from entrypoint.load import Loaded
+from entrypoint.storage import write_atomically
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.build import Plan
 from entrypoint.training.course import Course
@@ -58,7 +59,8 @@ class Session:
         self.before = known if known is not None else self.evaluate(model)
         if self.world.is_main and known is None:
             path = self.loaded.checkpoints.folder / BEFORE
-            path.write_text(json.dumps({"fingerprint": self.loaded.fingerprint, "metrics": self.before}))
+            said = {"fingerprint": self.loaded.fingerprint, "metrics": self.before}
+            write_atomically(path, json.dumps(said).encode())
             if self.tracker:
                 self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
 
