@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -103,20 +105,14 @@ def inspect(run: Run) -> dict[str, Any]:
     rules = with_scores(Rules.of(data))
     scan = Scan(files, rules.columns, Opener(data.endpoint_url))
     reader = Reader(scan, rules, data.held_out_share, Counts())
-    try:
+    # Preparation never asks for the scores: a second read doesn't either.
+    plain = Rules.of(data)
+    again = Scan(files, plain.columns, Opener(data.endpoint_url))
+    with _room_to_sort():
         with tempfile.TemporaryDirectory() as spill:
             responses = reader.read(Path(spill))
         usable = responses.usable(rules, reader.counts)
-        # Preparation never asks for the scores: a second read doesn't either.
-        plain = Rules.of(data)
-        lengths, usable = _lengths(
-            run, usable, Scan(files, plain.columns, Opener(data.endpoint_url)), plain, reader.counts
-        )
-    except duckdb.Error as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{tempfile.gettempdir()}: no room to sort the traces ({reason}); set TMPDIR to a folder on a larger disk"
-        ) from error
+        lengths, usable = _lengths(run, usable, again, plain, reader.counts)
     _count_used(usable, reader.counts)
     if not reader.counts.train_groups:
         raise reader.counts.no_group_left(", ".join(sources_of(data)))
@@ -133,6 +129,19 @@ def show(report: dict[str, Any], target: str | None) -> None:
     if target is not None:
         with explained(target, ConfigError):
             write_atomically(Path(target), content.encode())
+
+
+@contextmanager
+def _room_to_sort() -> Iterator[None]:
+    """Name the folder where the block's sorting runs out of room."""
+    try:
+        with explained("the temporary folder (TMPDIR)", DataError):
+            yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{tempfile.gettempdir()}: no room to sort the traces ({reason}); set TMPDIR to a folder on a larger disk"
+        ) from error
 
 
 def _lengths(run: Run, usable: Responses, scan: Scan, rules: Rules, counts: Counts) -> tuple[Lengths, Responses]:

@@ -80,7 +80,7 @@ def _noisy(noise: Section) -> Section:
     """By the two scores behind the reward; where they don't say it, by responses that were labelled more than once."""
     if noise["ordered_pairs"] >= EVIDENCE:
         value = noise["disordered"]
-        words = f"ragas_reward and judge_score order {100 * value:.1f} % of response pairs differently"
+        words = f"the two scores order {100 * value:.1f} % of response pairs differently"
     elif noise["duplicated"] >= EVIDENCE:
         value = round(noise["far_apart"] / noise["duplicated"], 6)
         words = f"{100 * value:.1f} % of responses labelled again got another reward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from entrypoint.data.report import Counts
@@ -9,7 +10,8 @@ from entrypoint.inspection.statistics import NEAR
 
 Section = dict[str, Any]
 
-LABEL = 16  # characters
+WIDTH = 120  # characters of a line
+LABEL = 16  # characters of it
 SOURCES = {
     "tokenizer": "counted by the model's tokenizer",
     "token_count": "estimated: responses from the column token_count, prompts at as many bytes a token",
@@ -83,7 +85,7 @@ def _rewards(rewards: Section, thresholds: Section) -> list[str]:
 def _pairs(pairs: Section) -> list[str]:
     numbers = ", ".join(f"{number:,} {pairing}" for pairing, number in pairs["by_pairing"].items())
     where = f"{_share(pairs['share'])} of usable prompts make one"
-    return [_line("Good/bad pairs", f"{where}; in all, at most {pairs['per_prompt']} a prompt: {numbers}")]
+    return [_line("Good/bad pairs", f"{where}; at most {pairs['per_prompt']} each: {numbers}")]
 
 
 def _noise(noise: Section) -> list[str]:
@@ -138,7 +140,8 @@ def _advice(advice: Section) -> list[str]:
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         words = f"{row['number']}; needs {row['needs']}"
         lines.append(f"  {row['situation']:<18} -> {row['favours'].upper():<5} {fits:<4} {words}")
-    return [*lines, f"Recommended: method={advice['method']}. {advice['reason'][0].upper()}{advice['reason'][1:]}."]
+    reason = f"Recommended: method={advice['method']}. {advice['reason'][0].upper()}{advice['reason'][1:]}."
+    return [*lines, *textwrap.wrap(reason, WIDTH, subsequent_indent="  ")]
 
 
 def _size(size: int) -> str:
@@ -150,7 +153,10 @@ def _share(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}".removesuffix(".00")
+    """Two digits behind the point, none of a whole number; never a negative zero."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.2f}".replace("-0.00", "0.00")
 
 
 def _count(value: float | None) -> str:
