@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Mask = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 Message = dict[str, Any]
 
 ASCII_SPACES = r"[\s\x{b}\x{1c}-\x{1f}]+"  # what str.split takes for white space, in RE2
@@ -57,11 +58,12 @@ def canonical(inputs: pa.Array, outputs: pa.Array, *, form: str, match: str) -> 
         form: `data.format`: auto, text or chat.
         match: `data.match`: exact or normalized.
     """
-    empty = blank(inputs) | blank(outputs)
+    leads = _first_bytes(inputs), _first_bytes(outputs)
+    empty = _blank(inputs, leads[0]) | _blank(outputs, leads[1])
     rows = len(inputs)
     chat, unparsable = np.zeros(rows, bool), np.zeros(rows, bool)
     prompts, responses = inputs, outputs
-    looks = _looks(inputs, outputs, empty, form)
+    looks = _looks((inputs, outputs), leads, empty, form)
     if looks is not None:
         chat_in, chat_out = looks
         prompts, responses = _parse(inputs, outputs, (chat_in, chat_out), (chat, empty, unparsable), form)
@@ -95,7 +97,10 @@ def dump(value: list[Message]) -> str:
 
 def blank(values: pa.Array) -> Mask:
     """Whether a value is null, empty or nothing but white space. Shape: (N,)."""
-    first = _first_bytes(values)
+    return _blank(values, _first_bytes(values))
+
+
+def _blank(values: pa.Array, first: Bytes) -> Mask:
     result: Mask = first == NOTHING
     maybe = np.flatnonzero(MAYBE_SPACE[first])
     if len(maybe):
@@ -103,13 +108,15 @@ def blank(values: pa.Array) -> Mask:
     return result
 
 
-def _looks(inputs: pa.Array, outputs: pa.Array, empty: Mask, form: str) -> tuple[Mask, Mask] | None:
+def _looks(
+    texts: tuple[pa.Array, pa.Array], leads: tuple[Bytes, Bytes], empty: Mask, form: str
+) -> tuple[Mask, Mask] | None:
     """Which inputs and which outputs are worth parsing; None if none is."""
     if form == "text":
         return None
     if form == "chat":
         return ~empty, ~empty
-    chat_in, chat_out = _bracketed(inputs) & ~empty, _bracketed(outputs) & ~empty
+    chat_in, chat_out = (_bracketed(*each) & ~empty for each in zip(texts, leads, strict=True))
     return (chat_in, chat_out) if chat_in.any() or chat_out.any() else None
 
 
@@ -180,9 +187,8 @@ def _replaced(values: pa.Array, where: npt.NDArray[np.int64], new: list[str]) ->
     return pc.replace_with_mask(values, pa.array(mask), pa.array(new, values.type))
 
 
-def _bracketed(values: pa.Array) -> Mask:
+def _bracketed(values: pa.Array, first: Bytes) -> Mask:
     """Whether the first character after white space is `[`. Shape: (N,)."""
-    first = _first_bytes(values)
     result: Mask = first == ord("[")
     rest = np.flatnonzero(ASCII_SPACE[first])
     if len(rest):
@@ -192,7 +198,7 @@ def _bracketed(values: pa.Array) -> Mask:
     return result
 
 
-def _first_bytes(values: pa.Array) -> npt.NDArray[np.uint8]:
+def _first_bytes(values: pa.Array) -> Bytes:
     """The first byte that is not ASCII white space, NOTHING where there is none. Shape: (N,).
 
     A few bytes are looked at and no text is copied. After a run of more than 16 the byte is white space all the same:
@@ -203,7 +209,7 @@ def _first_bytes(values: pa.Array) -> npt.NDArray[np.uint8]:
     first = np.full(len(values), NOTHING, np.uint8)
     if data_buffer is None or not len(values):
         return first
-    text: npt.NDArray[np.uint8] = np.frombuffer(data_buffer, np.uint8)
+    text: Bytes = np.frombuffer(data_buffer, np.uint8)
     offsets: npt.NDArray[Any] = np.frombuffer(offsets_buffer, wide)[values.offset : values.offset + len(values) + 1]
     where = np.flatnonzero(offsets[1:] > offsets[:-1])
     if values.null_count:

@@ -95,16 +95,26 @@ def check(file: TraceFile, schema: pa.Schema, columns: Columns) -> dict[str, Kin
     return found
 
 
-def normalise(file: TraceFile, batch: pa.RecordBatch, kinds: dict[str, Kind], first_row: int) -> dict[str, Any]:
-    """The columns of `batch` by name, each in its normal form. `first_row` is for messages."""
+def normalise(
+    file: TraceFile, batch: pa.RecordBatch, kinds: dict[str, Kind], first_row: int, *, checked: bool = True
+) -> dict[str, Any]:
+    """The columns of `batch` by name, each in its normal form.
+
+    Args:
+        first_row: for messages.
+        checked: whether text must be UTF-8 (Parquet's readers don't look).
+
+    Raises:
+        DataError: a value can't be read as what the column holds.
+    """
     found = {}
     for name, kind in kinds.items():
         column = batch.column(name)
         if isinstance(column, pa.ExtensionArray):  # Parquet's logical type JSON comes as one
             column = column.storage
         try:
-            if kind is TEXT:
-                column.validate(full=True)  # Parquet's readers don't look whether a string is UTF-8
+            if checked and kind is TEXT:
+                column.validate(full=True)
             found[name] = kind.normal(column)
         except (pa.ArrowInvalid, OverflowError) as error:
             rows = f"rows {first_row}..{first_row + len(column) - 1}"

@@ -15,13 +15,18 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from entrypoint.data.chat import canonical
 from entrypoint.data.groups import Float64, Int64
 from entrypoint.data.report import Counts, Reason
 from entrypoint.data.rules import Partitions, Reasons, Rules, group_reasons, models_of, rewards_of, row_reasons
 from entrypoint.data.scan import Batch, Scan, Unread
+from entrypoint.errors import DataError
+
+UInt64 = npt.NDArray[np.uint64]
 
 MEMORY = "2GB"  # DuckDB's share; what doesn't fit is spilled to the folder
 # The reward of a merged response: the mean of its copies. It must not depend on the order of the addends, so they are
@@ -86,8 +91,11 @@ def build_index(scan: Scan, rules: Rules, counts: Counts, spill: Path) -> Index:
         spill: folder for what doesn't fit into memory.
     """
     with database(spill) as connection:
-        ties = _read_rows(connection, scan, rules, counts)
-        return _group(connection, rules, counts, ties=ties)
+        responses = _responses(connection, scan, rules, counts)
+    counts.drop(Reason.DUPLICATE, (pc.sum(responses["copies"]).as_py() or 0) - len(responses))
+    counts.conflicting += pc.sum(responses["differ"]).as_py() or 0
+    prompts, rows, rewards = (responses[name].to_numpy() for name in ("prompt", "row", "reward"))
+    return _usable(prompts, rows, rewards, rules, counts)
 
 
 def skipped(scan: Scan, rules: Rules) -> dict[str, Reason]:
@@ -100,18 +108,8 @@ def skipped(scan: Scan, rules: Rules) -> dict[str, Reason]:
     return {path: reason for path, reason in verdicts.items() if reason is not None}
 
 
-def _read_rows(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, counts: Counts) -> bool:
-    """Fill the table `rows`; returns whether it has the column `tie`, by which one of several duplicates is chosen."""
-    skip = skipped(scan, rules)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for batch in scan.batches(frozenset(skip)):
-            counts.rows += batch.rows
-            if isinstance(batch, Unread):
-                counts.drop(skip[batch.file.path], batch.rows)
-            else:
-                yield record_batch(batch, rules, counts)
-
+def _responses(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, counts: Counts) -> pa.Table:
+    """Different responses: prompt (its hash), row, reward, copies merged, whether their rewards differ."""
     schema = pa.schema(
         [
             ("row", pa.int64()),
@@ -126,17 +124,32 @@ def _read_rows(connection: duckdb.DuckDBPyConnection, scan: Scan, rules: Rules, 
     )
     ties = [name for name in ("prompt", "logps", "ids") if name in schema.names]
     last = "CASE WHEN logps IS NULL THEN 1::UBIGINT << 63 ELSE 0 END + " if "logps" in ties else ""
-    tie = f", {last}(hash({', '.join(ties)}) >> 1) AS tie" if ties else ""
-    feed = Feed(schema, batches())
-    connection.register("reader", feed.reader)
+    tie = f"{last}(hash({', '.join(ties)}) >> 1)"
+    chosen = f"min(struct_pack(tie := {tie}, row := row)).row" if ties else "min(row)"
+    feed = Feed(schema, _fed(scan, rules, counts))
+    connection.register("fed", feed.reader)
     with feed.feeding():
-        connection.execute(
-            f"""CREATE TABLE rows AS
-                SELECT row, hash(key) AS prompt, hash(response) AS response, reward{tie}
-                FROM reader WHERE use"""
-        )
-    connection.unregister("reader")
-    return bool(ties)
+        found: pa.Table = connection.sql(
+            f"""SELECT hash(key) AS prompt, {chosen} AS row, {MERGED_REWARD} AS reward,
+                       count(*) AS copies, min(reward) <> max(reward) AS differ
+                FROM fed WHERE use GROUP BY hash(key), hash(response)"""
+        ).to_arrow_table()
+    return found
+
+
+def _fed(scan: Scan, rules: Rules, counts: Counts) -> Iterator[pa.RecordBatch]:
+    skip = skipped(scan, rules)
+    for batch in scan.batches(frozenset(skip), checked=False):  # the second pass checks the rows that are left
+        counts.rows += batch.rows
+        if isinstance(batch, Unread):
+            counts.drop(skip[batch.file.path], batch.rows)
+            continue
+        try:
+            yield record_batch(batch, rules, counts)
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{batch.file.path}: text that is not UTF-8 ({error}); mend or leave out this file"
+            ) from error
 
 
 def record_batch(batch: Batch, rules: Rules, counts: Counts) -> pa.RecordBatch:
@@ -174,28 +187,19 @@ def large(values: pa.Array) -> pa.Array:
     return values.cast(pa.large_string())
 
 
-def _group(connection: duckdb.DuckDBPyConnection, rules: Rules, counts: Counts, *, ties: bool) -> Index:
-    """Merge duplicates and leave out groups that can't be used."""
-    chosen = "min(struct_pack(tie, row)).row" if ties else "min(row)"
-    connection.execute(
-        f"""CREATE TABLE responses AS
-            SELECT prompt, {chosen} AS row, count(*) AS copies, min(reward) <> max(reward) AS differ,
-                   {MERGED_REWARD} AS reward
-            FROM rows GROUP BY prompt, response"""
-    )
-    connection.execute("DROP TABLE rows")
-    merged, conflicting = _one(connection, "SELECT sum(copies - 1), count(*) FILTER (differ) FROM responses")
-    counts.drop(Reason.DUPLICATE, int(merged or 0))
-    counts.conflicting += int(conflicting or 0)
-    groups = connection.execute(
-        "SELECT prompt, count(*) AS size, max(reward) AS best, min(reward) AS worst FROM responses GROUP BY prompt"
-    ).fetchnumpy()
-    reasons = group_reasons(groups["size"], groups["best"], groups["worst"], rules)
-    drop_groups(counts, reasons, groups["size"])
-    connection.register("usable", pa.table({"prompt": groups["prompt"][reasons == Reason.USED]}))
-    kept = connection.execute("SELECT row, reward FROM responses SEMI JOIN usable USING (prompt)").fetchnumpy()
-    order = np.argsort(kept["row"])
-    return Index(rows=kept["row"][order], rewards=kept["reward"][order])
+def _usable(prompts: UInt64, rows: Int64, rewards: Float64, rules: Rules, counts: Counts) -> Index:
+    """The responses whose groups can be used; the others are counted. Shape: prompts, rows and rewards (N,)."""
+    if not len(prompts):
+        return Index(rows, rewards)
+    order = np.argsort(prompts)  # in place of a second GROUP BY and a join: a quarter of their time, 16 bytes a row
+    starts = np.flatnonzero(np.append(True, np.diff(prompts[order]) != 0))
+    sizes = np.diff(np.append(starts, len(order)))
+    best, worst = (extreme.reduceat(rewards[order], starts) for extreme in (np.maximum, np.minimum))
+    reasons = group_reasons(sizes, best, worst, rules)
+    drop_groups(counts, reasons, sizes)
+    left = order[np.repeat(reasons == Reason.USED, sizes)]
+    left = left[np.argsort(rows[left])]
+    return Index(rows[left], rewards[left])
 
 
 def drop_groups(counts: Counts, reasons: Reasons, sizes: Int64) -> None:
@@ -203,9 +207,3 @@ def drop_groups(counts: Counts, reasons: Reasons, sizes: Int64) -> None:
     for reason, rows in enumerate(np.bincount(reasons, weights=sizes, minlength=len(Reason))):
         if reason != Reason.USED:
             counts.drop(Reason(reason), int(rows))
-
-
-def _one(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    row = connection.execute(query).fetchone()
-    assert row is not None  # aggregates always give one
-    return row

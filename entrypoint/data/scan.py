@@ -20,7 +20,7 @@ from entrypoint.data.locations import Opener, TraceFile
 from entrypoint.errors import DataError
 from entrypoint.storage import explained
 
-BATCH_ROWS = 16_384
+BATCH_ROWS = 8192  # some 16 MB of usual traces: what was just decoded is still in the processor's cache
 BATCH_BYTES = 64 << 20  # of a batch's columns; rows that are longer than usual come in smaller batches
 PREFETCH_BYTES = 256 << 20  # a row group's columns are fetched whole, in few requests, up to this compressed size
 STREAM_BYTES = 8 << 20  # a larger one is read column by column in pieces of this size
@@ -54,8 +54,12 @@ class Scan:
         self.starts: list[int] = []
         self._open = opener
 
-    def batches(self, unread: frozenset[str] = frozenset()) -> Iterator[Batch | Unread]:
-        """Every row once; of files whose path is in `unread` only the number of rows is looked up.
+    def batches(self, unread: frozenset[str] = frozenset(), *, checked: bool = True) -> Iterator[Batch | Unread]:
+        """Every row once, in order.
+
+        Args:
+            unread: paths of files of which only the number of rows is looked up.
+            checked: whether text must be UTF-8; a look at every byte, so a pass that decodes little may leave it out.
 
         Raises:
             DataError: a file is torn, lacks a column, has one of a wrong type, or can't be read.
@@ -69,7 +73,7 @@ class Scan:
                 if file.path in unread:
                     yield Unread(file, start, metadata.num_rows)
                 else:
-                    yield from self._read(file, opened, metadata, start)
+                    yield from self._read(file, opened, metadata, start, checked=checked)
                 start += metadata.num_rows
 
     def source(self, row: int) -> str:
@@ -77,7 +81,9 @@ class Scan:
         number = bisect.bisect_right(self.starts, row) - 1
         return f"{self.files[number].path} row {row - self.starts[number]}"
 
-    def _read(self, file: TraceFile, opened: Any, metadata: pq.FileMetaData, start: int) -> Iterator[Batch]:
+    def _read(
+        self, file: TraceFile, opened: Any, metadata: pq.FileMetaData, start: int, *, checked: bool
+    ) -> Iterator[Batch]:
         kinds = check(file, metadata.schema.to_arrow_schema(), self.columns)
         row = start
         for group in range(metadata.num_row_groups):
@@ -93,7 +99,8 @@ class Scan:
                 page_checksum_verification=True,
             )
             for batch in reader.iter_batches(batch_rows, row_groups=[group], columns=list(kinds)):
-                yield Batch(file, row, batch.num_rows, normalise(file, batch, kinds, row - start))
+                columns = normalise(file, batch, kinds, row - start, checked=checked)
+                yield Batch(file, row, batch.num_rows, columns)
                 row += batch.num_rows
         if row - start != metadata.num_rows:
             raise pa.ArrowInvalid(f"{row - start} rows where the footer says {metadata.num_rows}")

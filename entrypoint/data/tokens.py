@@ -88,17 +88,11 @@ class Tokens:
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._encode(texts, special=False)]
 
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[Ids] = encoded["input_ids"]
-        return ids
+        # What `tokenizer(texts)` calls, without the offsets and masks that nobody reads: twice as fast.
+        core = self._tokenizer.backend_tokenizer
+        core.no_truncation()  # what an earlier call may have left; every call of the tokenizer sets its own
+        core.no_padding()
+        return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def _render(self, conversations: list[Any]) -> list[Ids | None]:
         rendered: list[str | None] = [self._template(conversation) for conversation in conversations]
