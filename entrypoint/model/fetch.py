@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from entrypoint.errors import ModelError
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.model.folder import INDEX, PARTS, base_dtype, check_model, check_names, model_identity, weight_names
-from entrypoint.storage import explained, filesystem, is_s3, local_path, sync_folder, write_atomically
+from entrypoint.storage import explained, filesystem, is_s3, local_path, sync, write_atomically
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -136,7 +136,7 @@ def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
             _download(fs, remote, place.partial)
             shutil.rmtree(place.folder, ignore_errors=True)  # damaged since: it was not complete
             os.rename(place.partial, place.folder)
-            sync_folder(place.cache)
+            sync(place.cache)
     except BaseException as error:
         with suppress(OSError):
             write_atomically(place.failed, str(error).encode())

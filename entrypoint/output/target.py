@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from entrypoint.storage import error_code, filesystem, is_s3, local_path, sync_folder, write_atomically
+from entrypoint.storage import error_code, filesystem, is_s3, local_path, sync, write_atomically
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -78,7 +78,7 @@ class LocalTarget:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, goal)
-        sync_folder(self._folder)
+        sync(self._folder)
 
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)

@@ -8,7 +8,6 @@ and the run's fingerprint. It is written under a partial name and renamed, so a 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from transformers import TrainerState
 
 from entrypoint.errors import CheckpointError
+from entrypoint.storage import sync
 from entrypoint.world import World
 
 MANIFEST = "manifest.json"
@@ -71,9 +71,11 @@ class Checkpoints:
         manifest = {"step": step, "fingerprint": self.fingerprint, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*partial.iterdir(), partial]:
-            _fsync(path)
+            sync(path)
+        if final.exists():  # damaged, or it would have been resumed from
+            final.rename(_free_name(final, "damaged"))
         partial.rename(final)
-        _fsync(self.folder)
+        sync(self.folder)
 
     def _prune(self) -> None:
         for old in self._complete()[self.keep :]:
@@ -112,7 +114,7 @@ class Checkpoints:
         """Out of the way of a run that begins anew, but not gone: they may be somebody's last copy."""
         if not complete:
             return
-        aside = self.folder / f"aside-{1 + len(list(self.folder.glob('aside-*')))}"
+        aside = _free_name(self.folder / "older", "aside")
         aside.mkdir()
         for path in complete:
             path.rename(aside / path.name)
@@ -173,12 +175,12 @@ def _bare(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _free_name(path: Path, why: str) -> Path:
+    """A name beside `path` that says why it was put there and is not taken."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{why}-{number}")).exists():
+        number += 1
+    return free
 
 
 @contextmanager

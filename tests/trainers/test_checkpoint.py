@@ -78,12 +78,23 @@ def test_never_sets_the_older_ones_aside_and_loses_none(tmp_path: Path, capsys: 
     write(tmp_path, 1)
     write(tmp_path, 2)
     assert checkpoints(tmp_path).find("never") is None
-    assert sorted(p.name for p in (tmp_path / "aside-1").iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(p.name for p in (tmp_path / "older.aside-1").iterdir()) == ["step-00000001", "step-00000002"]
     assert "2 older checkpoints were moved to" in capsys.readouterr().err
     write(tmp_path, 5)
     assert checkpoints(tmp_path).find("never") is None
-    assert (tmp_path / "aside-2" / "step-00000005").is_dir()
+    assert (tmp_path / "older.aside-2" / "step-00000005").is_dir()
     assert checkpoints(tmp_path).find("auto") is None
+
+
+def test_a_damaged_one_is_kept_by_name_when_its_step_comes_again(tmp_path: Path) -> None:
+    damaged = write(tmp_path, 2)
+    (damaged / "weights").unlink()
+    partial = tmp_path / "step-00000002.partial"
+    partial.mkdir()
+    (partial / "weights").write_bytes(b"new")
+    checkpoints(tmp_path)._seal(partial, damaged, 2)
+    assert checkpoints(tmp_path).find("must") == damaged
+    assert (tmp_path / "step-00000002.damaged-1" / MANIFEST).exists()
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
