@@ -29,7 +29,7 @@ from entrypoint.data.rules import Rules
 from entrypoint.data.scan import Scan
 from entrypoint.data.tokens import Tokens, tokenizer_key
 from entrypoint.errors import DataError
-from entrypoint.storage import explained, sync_folder, write_atomically
+from entrypoint.storage import explained, sync, write_atomically
 
 FORMAT = 1  # of what is prepared: raise it with every change of rules or layout, and old folders are left alone
 STALE = 3600  # seconds; a partial folder of another machine in which nothing moved for so long belongs to nobody
@@ -152,13 +152,13 @@ def _publish(partial: Path, final: Path) -> None:
     for file in partial.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    sync_folder(partial)
+    sync(partial)
     try:
         os.rename(partial, final)
     except OSError:
         if not (final / "counts.json").is_file():  # another run was faster: the same key, the same content
             raise
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def _clean_up(folder: Path, key: str) -> None:
