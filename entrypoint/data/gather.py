@@ -155,13 +155,15 @@ class Writer:
         responses = self._tokens.responses(table["response"].to_pylist())
         group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(hashes))))
         refused = np.array([prompt is None for prompt in prompts], bool)[group]
+        empty = np.array([prompt == [] for prompt in prompts], bool)[group]  # of characters that the tokenizer drops
         lengths = np.array([len(prompt or ()) for prompt in prompts], np.int64)[group]
         lengths += np.array([len(response) for response in responses], np.int64)
-        long = ~refused & (lengths > self._max_length)
+        long = ~refused & ~empty & (lengths > self._max_length)
         self._counts.drop(Reason.UNPARSABLE, int(refused.sum()))
+        self._counts.drop(Reason.EMPTY, int(empty.sum()))
         self._counts.drop(Reason.TOO_LONG, int(long.sum()))
         rewards = table["reward"].to_numpy()
-        rows = self._left(group, rewards, np.flatnonzero(~refused & ~long))
+        rows = self._left(group, rewards, np.flatnonzero(~(refused | empty | long)))
         group = group[rows]
         firsts = np.flatnonzero(np.append(True, group[1:] != group[:-1])) if len(group) else group
         ends = np.append(firsts, len(rows)).astype(np.int32)

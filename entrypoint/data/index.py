@@ -70,17 +70,26 @@ class Feed:
 
 @contextmanager
 def database(spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB in memory, spilling to the folder `spill`; it fetches no extension and keeps no order for its own sake."""
-    with duckdb.connect(
-        config={
-            "memory_limit": MEMORY,
-            "temp_directory": str(spill),
-            "preserve_insertion_order": False,
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-    ) as connection:
-        yield connection
+    """DuckDB in memory, spilling to the folder `spill`; it fetches no extension and keeps no order for its own sake.
+
+    Raises:
+        DataError: neither memory nor the folder has room for what it must keep.
+    """
+    settings: dict[str, Any] = {
+        "memory_limit": MEMORY,
+        "temp_directory": str(spill),
+        "preserve_insertion_order": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    with duckdb.connect(config=settings) as connection:
+        try:
+            yield connection
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            message = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"{spill}: no room to sort the traces ({message}); free space or set data.cache_path"
+            ) from error
 
 
 def build_index(scan: Scan, rules: Rules, counts: Counts, spill: Path) -> Index:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
@@ -68,17 +69,21 @@ def find_files(path: Any, endpoint_url: str | None = None) -> list[TraceFile]:
 
 
 class Opener:
-    """Opens trace files for random reads, over one S3 connection pool."""
+    """Opens trace files for random reads, over one S3 connection pool, from any thread."""
 
     def __init__(self, endpoint_url: str | None = None) -> None:
         self._endpoint_url = endpoint_url
         self._s3: AbstractFileSystem | None = None
+        self._lock = Lock()
 
-    def __call__(self, file: TraceFile) -> Any:
+    def __call__(self, file: TraceFile, *, whole: bool = False) -> Any:
+        """A file for Parquet's reader; with `whole` an S3 object is fetched now, in one request."""
         if not is_s3(file.path):
             return pa.OSFile(file.path)  # reads without Python's lock
-        if self._s3 is None:
-            self._s3 = filesystem(file.path, self._endpoint_url)
+        with self._lock:
+            self._s3 = self._s3 or filesystem(file.path, self._endpoint_url)
+        if whole:
+            return pa.BufferReader(self._s3.cat_file(file.path))
         # Without a cache S3 is asked for exactly what Parquet's reader wants: it joins its ranges itself.
         return self._s3.open(file.path, "rb", cache_type="none")
 

@@ -150,8 +150,7 @@ def _write(
 def _publish(partial: Path, final: Path) -> None:
     """Make `partial` last, then visible under its final name at once."""
     for file in partial.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
     sync(partial)
     try:
         os.rename(partial, final)

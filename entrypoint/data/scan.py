@@ -7,9 +7,12 @@ named, also when the damage shows only in the middle of a column.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,12 +21,16 @@ import pyarrow.parquet as pq
 from entrypoint.data.columns import Columns, check, normalise
 from entrypoint.data.locations import Opener, TraceFile
 from entrypoint.errors import DataError
-from entrypoint.storage import explained
+from entrypoint.storage import explained, is_s3
 
 BATCH_ROWS = 8192  # some 16 MB of usual traces: what was just decoded is still in the processor's cache
 BATCH_BYTES = 64 << 20  # of a batch's columns; rows that are longer than usual come in smaller batches
 PREFETCH_BYTES = 256 << 20  # a row group's columns are fetched whole, in few requests, up to this compressed size
 STREAM_BYTES = 8 << 20  # a larger one is read column by column in pieces of this size
+SMALL_BYTES = 16 << 20  # an S3 object up to this size is fetched in one request
+AHEAD = 8  # S3 objects on their way at a time
+
+Opening = Callable[[], tuple[Any, pq.FileMetaData]]
 
 
 @dataclass(frozen=True)
@@ -64,22 +71,45 @@ class Scan:
         Raises:
             DataError: a file is torn, lacks a column, has one of a wrong type, or can't be read.
         """
-        start = 0
-        self.starts = []
-        for file in self.files:
-            self.starts.append(start)
-            with explained(file.path, DataError), _named(file), self._open(file) as opened:
-                metadata = pq.read_metadata(opened)
-                if file.path in unread:
-                    yield Unread(file, start, metadata.num_rows)
-                else:
-                    yield from self._read(file, opened, metadata, start, checked=checked)
-                start += metadata.num_rows
+        start, starts = 0, []
+        for file, opening in self._ahead(unread):
+            starts.append(start)
+            with explained(file.path, DataError), _named(file):
+                opened, metadata = opening()
+                with opened:
+                    if file.path in unread:
+                        yield Unread(file, start, metadata.num_rows)
+                    else:
+                        yield from self._read(file, opened, metadata, start, checked=checked)
+            start += metadata.num_rows
+        if self.starts not in ([], starts):
+            raise DataError(
+                f"{self.files[0].path} and others: changed while they were read; start again when they rest"
+            )
+        self.starts = starts
 
     def source(self, row: int) -> str:
         """`s3://bucket/key.parquet row 41` for the number of a row; a file's first row is row 0."""
         number = bisect.bisect_right(self.starts, row) - 1
         return f"{self.files[number].path} row {row - self.starts[number]}"
+
+    def _ahead(self, unread: frozenset[str]) -> Iterator[tuple[TraceFile, Opening]]:
+        """Each file in turn; what lies on S3 is already on its way, since every request there waits for the network."""
+        with ThreadPoolExecutor(AHEAD) as pool:
+            coming: deque[tuple[TraceFile, Opening]] = deque()
+            try:
+                for file in self.files:
+                    opening = partial(self._open_file, file, whole=file.path not in unread)
+                    coming.append((file, pool.submit(opening).result if is_s3(file.path) else opening))
+                    if len(coming) > AHEAD:
+                        yield coming.popleft()
+                yield from coming
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _open_file(self, file: TraceFile, *, whole: bool) -> tuple[Any, pq.FileMetaData]:
+        opened = self._open(file, whole=whole and file.size <= SMALL_BYTES)
+        return opened, pq.read_metadata(opened)
 
     def _read(
         self, file: TraceFile, opened: Any, metadata: pq.FileMetaData, start: int, *, checked: bool

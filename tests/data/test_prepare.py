@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entrypoint.conf.data import Data
 from entrypoint.data import prepare as module
-from entrypoint.data.gather import Split
+from entrypoint.data.gather import Split, sorted_rows
 from entrypoint.data.locations import find_files
 from entrypoint.data.prepare import is_prepared, load_prepared, prepare, prepared_key
 from entrypoint.errors import DataError
@@ -222,6 +222,33 @@ def test_damaged_prepared_folders_are_named(tokenizer: Tokenizer, lake: Path, ca
     (result.folder / damage).write_bytes(b"{]")
     with pytest.raises(DataError, match=f"{result.key}: prepared traces are damaged"):
         load_prepared(cache, result.key)
+
+
+def test_files_that_change_between_the_passes_are_refused(
+    tokenizer: Tokenizer, lake: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are addressed by number: a file that was replaced by a longer one would give other rows."""
+    write(lake / "a.parquet", group("p", 0.9, 0.1))
+    write(lake / "b.parquet", group("q", 0.9, 0.1))
+
+    def replaced(*arguments: Any) -> Any:
+        write(lake / "a.parquet", group("p", 0.9, 0.5, 0.1))
+        return sorted_rows(*arguments)
+
+    monkeypatch.setattr(module, "sorted_rows", replaced)
+    with pytest.raises(DataError, match="changed while they were read"):
+        prepared(tokenizer, lake, cache)
+
+
+def test_no_room_is_one_line(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 MB to sort in 20 MB of memory, and a spill folder that can't be one."""
+    from entrypoint.data import index
+
+    lake.touch()
+    monkeypatch.setattr(index, "MEMORY", "20MB")
+    with pytest.raises(DataError, match="lake: no room to sort the traces") as refused, index.database(lake) as opened:
+        opened.execute("CREATE TABLE t AS SELECT repeat('a', 1000) || range AS x FROM range(100000) ORDER BY x")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_folder_that_cannot_be_written(tokenizer: Tokenizer, lake: Path, tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ def test_a_torn_object_is_named(tokenizer: Tokenizer, s3: S3Server, lake: Path, 
 
 
 @pytest.mark.usefixtures("keys")
+def test_large_objects_are_read_in_ranges(
+    tokenizer: Tokenizer, s3: S3Server, hive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is small enough to be fetched whole, and no row group to be fetched at once: the same groups."""
+    from entrypoint.data import scan
+
+    base = s3.upload(hive, s3.bucket())
+    expected = contents(prepared(tokenizer, hive, tmp_path / "local"))
+    monkeypatch.setattr(scan, "SMALL_BYTES", 0)
+    assert contents(prepared(tokenizer, base, tmp_path / "ranges", endpoint_url=s3.endpoint_url)) == expected
+    monkeypatch.setattr(scan, "PREFETCH_BYTES", 0)
+    assert contents(prepared(tokenizer, base, tmp_path / "streams", endpoint_url=s3.endpoint_url)) == expected
+
+
+@pytest.mark.usefixtures("keys")
 def test_an_object_that_goes_while_it_is_read_is_named(
     tokenizer: Tokenizer, s3: S3Server, hive: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
