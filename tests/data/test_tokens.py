@@ -59,6 +59,15 @@ def test_a_text_prompt_never_ends_with_end_of_sequence(tmp_path: Path) -> None:
     assert ids == tokenizer("fox")["input_ids"][:-1]
 
 
+def test_a_prompt_that_the_tokenizer_drops_is_empty(tmp_path: Path, lake: Path, cache: Path) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    write(lake / "a.parquet", group("~~", 0.9, 0.1) + group("p", 0.9, 0.1))
+    assert prepared(tokenizer, lake, cache).counts.dropped == {"EMPTY": 2}
+
+
 def test_mixed_text_and_chat_keep_their_places(tokenizer: Tokenizer) -> None:
     refused = json.dumps([{"role": "wizard", "content": "Abracadabra"}])
     tokens = Tokens(tokenizer)
