@@ -177,7 +177,8 @@ class _Gang:
             self.codes.append(code)
             bounded = code not in (EXIT_DONE, EXIT_STOPPED)
         if bounded and self._deadline is None and self.running:
-            _say(f"rank {rank.rank} ended with {code}; the others get {self._patience:g} s to leave")
+            if rank.reported is None:  # else its own line says why, and is to be the log's last
+                _say(f"rank {rank.rank} ended with {code}; the others get {self._patience:g} s to leave")
             self._deadline = time.monotonic() + self._patience
 
     def enforce(self) -> None:
@@ -188,6 +189,8 @@ class _Gang:
                 rank.kill_group(signal.SIGKILL)  # its verdict stands: only its teardown hangs
         if self._deadline is None or now < self._deadline:
             return
+        if self.running and not self._told:
+            _say(f"ranks {', '.join(str(rank.rank) for rank in self.running)} are late: told to leave")
         for rank in self.running:
             if self._told:
                 rank.kill_group(signal.SIGKILL)
