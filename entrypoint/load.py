@@ -53,9 +53,7 @@ def load(run: Run, world: World) -> Loaded | None:
     Raises:
         RunError: something of it can't be used; see `World.once` for the other ranks.
     """
-    folder = fetch_model(run.model.path, run.data.endpoint_url, run.model.cache_path, os.environ)
-    tokenizer = load_tokenizer(folder)
-    max_length = context_of(folder, tokenizer, run.train.max_length)
+    folder, tokenizer, max_length = world.each(lambda: load_base(run))
     if max_length < run.train.max_length:
         world.warn(f"train.max_length={run.train.max_length}, but the model has {max_length} positions")
     cache = Path(str(run.data.cache_path))
@@ -72,7 +70,7 @@ def load(run: Run, world: World) -> Loaded | None:
         checkpoint_folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(checkpoint_folder, keep=run.checkpoint.keep, fingerprint=fingerprint, world=world)
         found = checkpoints.find(run.checkpoint.resume)
-        prepare(run.data, max_length, tokenizer, cache)
+        prepare(run.data, max_length, tokenizer, cache, files=files)
         return {
             "key": key,
             "identity": identity,
@@ -95,6 +93,13 @@ def load(run: Run, world: World) -> Loaded | None:
         resume_from=Path(said["resume_from"]) if said["resume_from"] else None,
         cache=cache / said["key"],
     )
+
+
+def load_base(run: Run) -> tuple[Path, PreTrainedTokenizerBase, int]:
+    """The base model's folder on this node, its tokenizer, and the tokens of the longest row that counts."""
+    folder = fetch_model(run.model.path, run.data.endpoint_url, run.model.cache_path, os.environ)
+    tokenizer = load_tokenizer(folder)
+    return folder, tokenizer, context_of(folder, tokenizer, run.train.max_length)
 
 
 def context_of(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:

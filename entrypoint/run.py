@@ -17,13 +17,13 @@ from entrypoint.conf import Data, Run
 from entrypoint.data.report import Counts
 from entrypoint.errors import StoppedError
 from entrypoint.load import Loaded, load, load_model
-from entrypoint.output.hand_off import hand_off
+from entrypoint.save import save
+from entrypoint.session import Session
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.build import Plan, build_trainer, compute_dtype, pad_id, plan
 from entrypoint.training.course import Course
 from entrypoint.training.evaluation import held_out
 from entrypoint.training.reference import ReferenceLogProbs
-from entrypoint.training.session import Session
 from entrypoint.world import World, joined
 
 MANY_EPOCHS = 10  # more passes over the same traces than this are seldom meant
@@ -44,7 +44,7 @@ def run_rank(run: Run) -> None:
         session = build(run, loaded, world)
         try:
             train(session)
-            hand_off(session)
+            save(session)
         finally:
             if session.tracker:
                 session.tracker.close()
@@ -65,7 +65,7 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
     reference = ReferenceLogProbs(log_probs / "train")
     trainer, rows = build_trainer(
         run,
-        load_model(loaded.model_folder),
+        world.each(lambda: load_model(loaded.model_folder)),
         loaded.tokenizer,
         loaded.traces.train,
         reference,

@@ -13,14 +13,16 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from entrypoint import __version__
+from entrypoint.errors import CheckpointError
 from entrypoint.model.fetch import base_dtype
 from entrypoint.output.publish import publish, save_model
-from entrypoint.training.session import Session
+from entrypoint.session import Session
+from entrypoint.storage import explained
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def hand_off(session: Session) -> None:
+def save(session: Session) -> None:
     """Write the final model under a staging name, then publish it with its record, `run.json` last.
 
     Raises:
@@ -36,15 +38,16 @@ def _publish(session: Session, state: dict[str, Any] | None) -> None:
     staging = session.loaded.checkpoints.folder / "final.partial"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed here
     name = base_dtype(session.loaded.model_folder) if run.output.dtype == "auto" else run.output.dtype
-    save_model(
-        session.trainer.accelerator.unwrap_model(session.trainer.model),
-        session.loaded.tokenizer,
-        staging,
-        dtype=getattr(torch, name),
-        state_dict=state,
-        merge=run.model.lora.merge,
-        base=run.model.path,
-    )
+    with explained(str(staging), CheckpointError):
+        save_model(
+            session.trainer.accelerator.unwrap_model(session.trainer.model),
+            session.loaded.tokenizer,
+            staging,
+            dtype=getattr(torch, name),
+            state_dict=state,
+            merge=run.model.lora.merge,
+            base=run.model.path,
+        )
     record = publish(staging, run.output.path, run.data.endpoint_url, describe(session))
     shutil.rmtree(staging, ignore_errors=True)
     if session.tracker:

@@ -59,10 +59,10 @@ class Session:
         self.before = known if known is not None else self.evaluate(model)
         if self.world.is_main and known is None:
             path = self.loaded.checkpoints.folder / BEFORE
-            said = {"fingerprint": self.loaded.fingerprint, "metrics": self.before}
+            said = {**self._judged(), "metrics": self.before}
             write_atomically(path, json.dumps(said).encode())
-            if self.tracker:
-                self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
+        if self.tracker:
+            self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
 
     def evaluate(self, model: nn.Module | None = None) -> dict[str, float]:
         """Held-out metrics of the policy as it is; empty where nothing is held out. All ranks come together."""
@@ -75,7 +75,7 @@ class Session:
                 self.held,
                 self.held_reference,
                 # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
-                beta=method.kl_coeff if isinstance(method, Grpo) else method.beta,
+                beta=(method.kl_coeff or 1.0) if isinstance(method, Grpo) else method.beta,
                 pad=self.pad,
                 budget=self.run.train.micro_batch_tokens,
                 device=self.trainer.args.device,
@@ -120,5 +120,9 @@ class Session:
         if not path.exists():
             return None
         said = json.loads(path.read_text())
-        metrics: dict[str, float] | None = said["metrics"] if said["fingerprint"] == self.loaded.fingerprint else None
-        return metrics
+        metrics: dict[str, float] = said.pop("metrics")
+        return metrics if said == self._judged() else None
+
+    def _judged(self) -> dict[str, Any]:
+        """What the metrics before are of: another run's, or of other pairs, are not this run's."""
+        return {"fingerprint": self.loaded.fingerprint, "pairs": len(self.held)}

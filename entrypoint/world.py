@@ -14,84 +14,103 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from entrypoint.errors import ConfigError, RefusedElsewhere, RunError
 
+T = TypeVar("T")
+
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
-FAREWELL_SECONDS = 10  # rank 0 keeps the store open this long, so that the others learn why it leaves
+FAREWELL_SECONDS = 60  # rank 0 keeps the store open this long, so that the others learn why it leaves
 
 
 @dataclass
 class World:
-    """This rank among `size` ranks; `store` is None where it is alone.
+    """This rank among `size` ranks; `store` is None where it is alone, `patience` is a barrier's, in seconds.
 
-    `once` and `barrier` are meetings: every rank must come to all of them, in the same order.
+    `once`, `each` and `barrier` are meetings: every rank must come to all of them, in the same order.
     """
 
     rank: int
-    local_rank: int
     size: int
     store: dist.Store | None
+    patience: int = 1800
     meetings: int = 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def once(self, make: Callable[[], Any]) -> Any:
+    def once(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, on every rank, as JSON; the others wait as long as it takes.
 
         Raises:
             RunError: what `make` raised on rank 0; RefusedElsewhere with its exit code on the others.
         """
-        if self.store is None:
-            return make()
-        name = self._meeting()
-        if not self.is_main:
-            return self._await(name)
-        try:
-            made = make()
-        except RunError as error:
-            self.store.set(name, json.dumps({"exit_code": error.exit_code, "error": str(error)}))
-            self._farewell(name)
-            raise
-        self.store.set(name, json.dumps({"made": made}))
-        return made
+        return self._meet(make, makers=[0])[0]
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` gives on this rank, once every rank has made its own; where one refuses, all leave.
+
+        Raises:
+            RunError: what `make` raised here; RefusedElsewhere with the exit code of the first that refused.
+        """
+        made: list[T] = []
+
+        def keep() -> None:
+            made.append(make())
+
+        self._meet(keep, makers=list(range(self.size)))
+        return made[0]
 
     def barrier(self) -> None:
-        """Wait for every rank, outside any collective."""
+        """Wait for every rank, as long as a collective would: a lost one must not hold the others for ever."""
         if self.store is None:
             return
         name = self._meeting()
         if self.store.add(f"{name}/arrived", 1) == self.size:
             self.store.set(f"{name}/all", "1")
-        self.store.wait([f"{name}/all"], timedelta(days=WAIT_DAYS))
+        self.store.wait([f"{name}/all"], timedelta(seconds=self.patience))
+
+    def _meet(self, make: Callable[[], T], makers: list[int]) -> list[T]:
+        """What the makers made, on every rank."""
+        if self.store is None:
+            return [make()]
+        name, refusal = self._meeting(), None
+        if self.rank in makers:
+            try:
+                said: dict[str, Any] = {"made": make()}
+            except RunError as error:
+                refusal, said = error, {"error": str(error), "exit_code": error.exit_code}
+            self.store.set(f"{name}/{self.rank}", json.dumps(said))
+        names = [f"{name}/{rank}" for rank in makers]
+        self.store.wait(names, timedelta(days=WAIT_DAYS))
+        heard = [json.loads(self.store.get(key)) for key in names]
+        refused = next(((rank, said) for rank, said in zip(makers, heard, strict=True) if "error" in said), None)
+        if refused is None:
+            return [said["made"] for said in heard]
+        self._farewell(name)
+        if refusal is not None:
+            raise refusal
+        elsewhere = RefusedElsewhere(f"rank {refused[0]} refused the run: {refused[1]['error']}")
+        elsewhere.exit_code = refused[1]["exit_code"]
+        raise elsewhere
 
     def _meeting(self) -> str:
         self.meetings += 1
         return f"meeting-{self.meetings}"
 
-    def _await(self, name: str) -> Any:
-        assert self.store is not None
-        self.store.wait([name], timedelta(days=WAIT_DAYS))
-        said = json.loads(self.store.get(name))
-        if "error" not in said:
-            return said["made"]
-        self.store.add(f"{name}/heard", 1)
-        error = RefusedElsewhere(f"rank 0 refused the run: {said['error']}")
-        error.exit_code = said["exit_code"]
-        raise error
-
     def _farewell(self, name: str) -> None:
+        """Rank 0 holds the store: it leaves when every rank has heard why, or after a while."""
         assert self.store is not None
         deadline = time.monotonic() + FAREWELL_SECONDS
-        while self.store.add(f"{name}/heard", 0) < self.size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)  # polling a counter of another process; bounded by the deadline
+        self.store.add(f"{name}/heard", 1)
+        while self.is_main and self.store.add(f"{name}/heard", 0) < self.size and time.monotonic() < deadline:
+            time.sleep(0.05)  # polling a counter of other processes; bounded by the deadline
 
     def say(self, line: str) -> None:
         """Print a line of the run's log, on rank 0."""
@@ -118,7 +137,9 @@ def joined(collective_timeout: int) -> Iterator[World]:
         collective_timeout: seconds after which a collective gives up on a lost rank.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if size > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError("LOCAL_RANK: not set, expected this rank's number on its node, beside WORLD_SIZE and RANK")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -130,7 +151,7 @@ def joined(collective_timeout: int) -> Iterator[World]:
         # accelerate makes a process group and DDP even for a lone rank where it sees these.
         hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
         try:
-            yield World(rank, local_rank, size, None)
+            yield World(rank, size, None)
         finally:
             os.environ.update(hidden)
         return
@@ -143,7 +164,7 @@ def joined(collective_timeout: int) -> Iterator[World]:
         world_size=size,
         timeout=timedelta(seconds=collective_timeout),
     )
-    world = World(rank, local_rank, size, dist.PrefixStore("world", store))
+    world = World(rank, size, dist.PrefixStore("world", store), patience=collective_timeout)
     yield world
     # Only a run that went well: a barrier after an error would hide it behind a time-out. Without the barrier a
     # fast rank's leaving aborted a slow one (1 of 12 runs, SIGABRT after the results were written).

@@ -26,10 +26,15 @@ with joined(30) as world:
     except RunError as error:
         print(f"{world.rank} {type(error).__name__} {error.exit_code} {error}")
     assert world.once(lambda: 7) == 7
+    assert world.each(lambda: world.rank * 10) == world.rank * 10
+    try:
+        world.each(lambda: refuse() if world.rank == 2 else 5)
+    except RunError as error:
+        print(f"{world.rank} {type(error).__name__} {error.exit_code} {error}")
 """
 
 
-def test_every_rank_gets_what_rank_0_made_and_its_refusals() -> None:
+def test_every_rank_gets_what_rank_0_made_and_what_any_rank_refused() -> None:
     meet = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
@@ -41,10 +46,13 @@ def test_every_rank_gets_what_rank_0_made_and_its_refusals() -> None:
         )
         for rank in range(3)
     ]
-    said = sorted(rank.communicate(timeout=300)[0].strip() for rank in ranks)
+    said = sorted(line for rank in ranks for line in rank.communicate(timeout=300)[0].splitlines())
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert said == [
         "0 DataError 64 no such bucket",
+        "0 RefusedElsewhere 64 rank 2 refused the run: no such bucket",
         "1 RefusedElsewhere 64 rank 0 refused the run: no such bucket",
+        "1 RefusedElsewhere 64 rank 2 refused the run: no such bucket",
+        "2 DataError 64 no such bucket",
         "2 RefusedElsewhere 64 rank 0 refused the run: no such bucket",
     ]

@@ -36,6 +36,14 @@ def check(run: Run) -> list[str]:
     check_data(run.data, run.method.name, warnings.append)
     {"grpo": _check_grpo, "dpo": _check_dpo}[run.method.name](run, warnings.append)
     _check_train(run.train, warnings.append)
+    if run.checkpoint.resume == "never":
+        warnings.append(
+            "checkpoint.resume=never: each start begins at step 0; where a scheduler restarts the run, write auto"
+        )
+    if run.model.lora.enabled and not run.model.lora.merge and is_s3(run.model.path):
+        warnings.append(
+            "model.lora.merge=false: the adapter names its base as an s3:// path, which from_pretrained can't open"
+        )
     if run.train.max_steps is not None and run.checkpoint.save_every > run.train.max_steps:
         warnings.append(
             f"checkpoint.save_every={run.checkpoint.save_every} is more than train.max_steps={run.train.max_steps}: "

@@ -103,7 +103,8 @@ def _value(run: Run, name: str) -> Any:
 FREE = (
     "checkpoint.",
     "tracking.",
-    "output.",
+    "output.iteration",
+    "output.path",
     "data.cache_path",
     "data.endpoint_url",
     "model.cache_path",

@@ -25,7 +25,7 @@ from entrypoint.data.groups import Groups
 from entrypoint.data.index import build_index
 from entrypoint.data.locations import Opener, TraceFile, find_files
 from entrypoint.data.report import Counts
-from entrypoint.data.rules import Rules
+from entrypoint.data.rules import Partitions, Rules
 from entrypoint.data.scan import Scan
 from entrypoint.data.tokens import Tokens, tokenizer_key
 from entrypoint.errors import DataError
@@ -62,7 +62,14 @@ class Prepared:
     counts: Counts
 
 
-def prepare(data: Data, max_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Prepared:
+def prepare(
+    data: Data,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    files: Sequence[TraceFile] | None = None,
+) -> Prepared:
     """Prepare the traces of `data` into `folder`/<key>, or reuse what is there.
 
     Args:
@@ -70,12 +77,13 @@ def prepare(data: Data, max_length: int, tokenizer: PreTrainedTokenizerBase, fol
         max_length: tokens of prompt and response together; longer rows are dropped.
         tokenizer: the base model's (see `load_tokenizer`).
         folder: seen by all ranks.
+        files: what `find_files` gave, where the key is known already: another listing might give another key.
 
     Raises:
         NoGroupLeft: nothing is left to train on; carries the table of reasons.
         DataError: the traces can't be used.
     """
-    files = find_files(data.path, data.endpoint_url)
+    files = find_files(data.path, data.endpoint_url) if files is None else files
     key = prepared_key(files, data, max_length, tokenizer)
     if is_prepared(folder, key):
         return load_prepared(folder, key)
@@ -93,7 +101,12 @@ def prepare(data: Data, max_length: int, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def prepared_key(files: Sequence[TraceFile], data: Data, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the result depends on, as 32 hexadecimal digits; no trace is read for it."""
+    """What the result depends on, as 32 hexadecimal digits; no trace is read for it.
+
+    A file whose folder alone rules it out, such as tomorrow's partition, changes nothing of what is prepared.
+    """
+    rules = Rules.of(data)
+    files = [file for file in files if Partitions.of(file).verdict(rules) is None]
     parts = {
         "format": FORMAT,
         "files": sorted([file.identity, sorted((k, v or "") for k, v in file.partitions.items())] for file in files),

@@ -122,6 +122,8 @@ def _publish(folder: Path, target: Target, record: Mapping[str, Any]) -> dict[st
     now = datetime.now(UTC).isoformat(timespec="seconds")
     run: dict[str, Any] = _plain({"format": FORMAT, "date": now, **record, "files": files})
     before = _read(target, UNFINISHED) or _read(target, RUN_FILE) or {}
+    if before and before.get("fingerprint") != run["fingerprint"]:  # it came after this run had claimed the place
+        _refuse_other(target.url, before, run["fingerprint"])
     target.write(UNFINISHED, _dump({"fingerprint": run["fingerprint"], "date": run["date"], "files": files}))
     target.remove(RUN_FILE)  # a damaged output of this run: nobody must read it while it is mended
     for stale in {*before.get("files", {})} - {*files}:  # a former try's, cut into other shards

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000100` in `checkpoint.path`: torch's distributed checkpoint (weights and optimiser,
 readable by any number of ranks), the trainer's state and, written last, `manifest.json` with the size of every file
-and the run's fingerprint. It is written under a partial name and renamed, so a name without `.partial` is whole.
+and the run's fingerprint. It is written under a partial name and renamed.
 """
 
 from __future__ import annotations
@@ -79,18 +79,21 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for old in self._complete()[self.keep :]:
-            shutil.rmtree(old)
+            # Under a partial name first: what a kill leaves of it is not taken for damage.
+            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
     # Find ------------------------------------------------------------------------------------------------------------
 
     def find(self, resume: str) -> Path | None:
         """The newest complete checkpoint, where `checkpoint.resume` wants one.
 
-        Called on one rank: it may move folders.
+        Called on one rank: it moves and removes folders.
 
         Raises:
             CheckpointError: it is another run's, or `must` and there is none.
         """
+        for torn in self.folder.glob(f"step-*{PARTIAL}"):  # of a save or a removal that was killed
+            shutil.rmtree(torn)
         complete = self._complete()
         if resume == "never":
             self._set_aside(complete)

@@ -66,6 +66,9 @@ class Course(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Signals ask for a save only where there is something to save."""
         self.signals.listen()
+        state.compute_steps(
+            args, state.max_steps
+        )  # a resumed state brings the former run's save_every and logging_steps
         if self.tracker:
             self.tracker.step(state.global_step)
 
@@ -76,6 +79,8 @@ class Course(TrainerCallback):
         told = self.signals.agreed(args.device)
         if told:
             control.should_save = True
+        if control.should_save:  # a resumed run's next line then is a mean over the same steps as the straight run's
+            control.should_log = True
         if told == STOP and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = True
             return

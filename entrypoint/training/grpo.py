@@ -113,8 +113,7 @@ class LoggedGrpo(WholeBatch, GRPOTrainer):  # type: ignore[misc]
         """As TRL's, with labels on the response alone: the LM head never sees a prompt position."""
         labels = input_ids.masked_fill(self._response_mask == 0, -100)
         router = {"output_router_logits": True} if kwargs.get("compute_aux_loss") else {}
-        with self.accelerator.autocast():
-            out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **router)
+        out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **router)
         self._log_probs = out.log_probs.detach()
         return out.log_probs[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], out.aux_loss
 
@@ -122,13 +121,17 @@ class LoggedGrpo(WholeBatch, GRPOTrainer):  # type: ignore[misc]
         response_mask = inputs["tool_mask"]
         self._response_mask = torch.nn.functional.pad(response_mask, (1, 0))
         loss: torch.Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
-        ratio = torch.exp(self._log_probs - inputs["old_per_token_logps"])[response_mask.bool()]
-        self._ratio = (float(ratio.mean()), float(ratio.max()))
+        tokens = response_mask.bool()
+        ratio = torch.exp(self._log_probs - inputs["old_per_token_logps"])[tokens]
+        self._own = {"ratio": [float(ratio.mean())], "ratio_max": [float(ratio.max())]}
+        if self.beta == 0.0:  # TRL leaves the KL out then; the run is watched all the same
+            log_rho = (self._log_probs - inputs["ref_per_token_logps"])[tokens]
+            self._own["kl"] = [float((1 - log_rho.exp() + log_rho.exp() * log_rho).mean())]
         return loss
 
     def own_metrics(self) -> dict[str, list[float]]:
-        """Ratio to the behaviour policy: its mean over tokens, and its greatest."""
-        return {"ratio": [self._ratio[0]], "ratio_max": [self._ratio[1]]}
+        """Ratio to the behaviour policy: its mean over tokens, and its greatest; the KL where TRL has none."""
+        return self._own
 
     def loss_share(self, weights: dict[str, float]) -> float:
         kind = "tokens" if self.loss_type in TOKEN_MEANS else "sequences"

@@ -32,12 +32,12 @@ class ReferenceLogProbs:
         self.folder = folder
         self.refresh()
 
-    def refresh(self) -> None:
-        """Find the parts that were written since."""
+    def refresh(self, names: list[str] | None = None) -> None:
+        """Open the parts of these names; None: those that this rank sees."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._columns: list[pa.ChunkedArray] = []
         responses, parts, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-        for number, path in enumerate(sorted(self.folder.glob("part-*.arrow"))):
+        for number, path in enumerate(self.folder / name for name in (self._names() if names is None else names)):
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             responses.append(table.column("response").to_numpy())
             parts.append(np.full(len(table), number, np.int32))
@@ -71,16 +71,20 @@ class ReferenceLogProbs:
         world: World,
     ) -> int:
         """Score what is missing of `responses` with the base model; returns how many that were."""
+        # Rank 0's listing for all: another run may be adding parts, and ranks must agree on what is missing.
+        self.refresh(world.once(self._names))
         missing = self.missing(responses)
-        world.barrier()  # before anyone writes: all must see the same parts
         for start in range(0, len(missing), BLOCK * world.size):
             block = missing[start : start + BLOCK * world.size]
             scored = list(log_probs(forward, groups, block, pad=pad, budget=budget, device=device, world=world))
             if scored:
                 self._write(scored)
-        world.barrier()
-        self.refresh()
+            world.barrier()
+        self.refresh(world.once(self._names))
         return len(missing)
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("part-*.arrow"))
 
     def _write(self, scored: list[tuple[int, Float32]]) -> None:
         scored.sort(key=lambda pair: pair[0])

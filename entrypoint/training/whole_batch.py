@@ -77,7 +77,7 @@ class WholeBatch:
         """
         weights = inputs.pop("weights")
         outer, self._metrics["train"] = self._metrics["train"], defaultdict(list)
-        with self._local_metrics():
+        with self._local_metrics(), self.accelerator.autocast():  # as the reference is scored; TRL's DPO has none
             loss = super().compute_loss(model, inputs)  # type: ignore[misc]
         found, self._metrics["train"] = self._metrics["train"], outer
         found |= self.own_metrics()

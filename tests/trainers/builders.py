@@ -15,7 +15,7 @@ from entrypoint.training.checkpoint import Checkpoints
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.world import World
 
-ALONE = World(rank=0, local_rank=0, size=1, store=None)
+ALONE = World(rank=0, size=1, store=None)
 
 
 def make_run(method: Grpo | Dpo, folder: Path, *, lora: bool = False, save_every: int = 4, **train: Any) -> Run:

@@ -18,6 +18,8 @@ def allow_fsdp_on_cpu() -> None:
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = plugin
+            if self._mixed_precision == "bf16":
+                plugin.set_mixed_precision("bf16")  # as accelerate does where it finds CUDA
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init  # type: ignore[method-assign]

@@ -32,9 +32,7 @@ def forward(**inputs: Any) -> Any:
 
 def metrics(groups: Groups, reference: Any, *, budget: int = 100, world: World = ALONE) -> dict[str, float]:
     held = held_out(groups, Data(path=""), limit=10)
-    return evaluate(
-        forward, held, reference, beta=0.5, pad=0, budget=budget, device=torch.device("cpu"), world=world
-    )
+    return evaluate(forward, held, reference, beta=0.5, pad=0, budget=budget, device=torch.device("cpu"), world=world)
 
 
 def test_by_hand() -> None:

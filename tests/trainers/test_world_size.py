@@ -62,6 +62,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     launch(2, tiny, out, [*STRAIGHT[2], f"grpo-1-to-2:grpo:grpo:150:{step_4('grpo-1', 1)}"])
     launch(3, tiny, out, STRAIGHT[3])
     launch(2, tiny, out, ["fsdp-grpo-2:grpo:grpo:200:fsdp", "fsdp-dpo-2:dpo:sigmoid:200:fsdp"])
+    launch(2, tiny, out, ["fsdp-bf16-dpo:dpo:sigmoid:200:fsdp:bf16", "fsdp-bf16-grpo:grpo:grpo:200:fsdp:bf16"])
     launch(2, tiny, out, [f"fsdp-2-again:grpo:grpo:200:fsdp:{step_4('fsdp-grpo-2', 2)}"])
     launch(
         1,
@@ -102,6 +103,20 @@ def test_every_trainable_weight_moves(runs: dict[str, Any], name: str) -> None:
     moved = (first != last).float().mean()
     # An embedding of a token that no trace holds has no gradient, nor has a LoRA A before B has moved.
     assert moved > 0.85
+
+
+def test_sharded_bf16_starts_where_the_reference_is(runs: dict[str, Any]) -> None:
+    """The policy is the reference at step 1, in whatever precision: DPO's loss is log 2 and GRPO's KL nothing."""
+    dpo, grpo = runs["fsdp-bf16-dpo"]["logs"][0], runs["fsdp-bf16-grpo"]["logs"][0]
+    assert dpo["loss"] == pytest.approx(0.693147, abs=1e-3)
+    assert dpo["rewards/margins"] == pytest.approx(0, abs=2e-3)
+    assert grpo["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dpo"])
+def test_sharded_bf16_is_near_fp32(runs: dict[str, Any], kind: str) -> None:
+    gradient = runs[f"fsdp-bf16-{kind}"]["gradients"][0]
+    assert relative(gradient, runs[f"{kind}-1"]["gradients"][0]) < 0.05
 
 
 @pytest.mark.parametrize(("resumed", "straight", "tolerance"), RESUMED)

@@ -1,7 +1,7 @@
 """One rank of a test run: `python -m tests.trainers.train_rank TINY OUT CASE…`; rank 0 writes what each step did.
 
-A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:stop=STEP][:lora][:fsdp]; its numbers go to OUT/NAME.pt: loss and
-gradient norm of every step, the gradient before clipping and the weights, each as one flat vector.
+A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16]; its numbers go to OUT/NAME.pt: loss and gradient
+norm of every step, the gradient before clipping and the weights, each as one flat vector.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from entrypoint.conf import Dpo, Grpo
-from entrypoint.output.hand_off import full_state
+from entrypoint.save import full_state
 from entrypoint.world import World, joined
 from tests.trainers.builders import make_run, make_trainer
 from tests.trainers.fsdp_on_cpu import allow_fsdp_on_cpu
@@ -41,8 +41,15 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
         shutil.copytree(given["from"], folder / Path(given["from"]).name)
     kind: Any = Grpo(loss_type=loss) if method == "grpo" else Dpo(loss_type=loss)
     sharding = "fsdp" if "fsdp" in options else "none"
+    precision = "bf16" if "bf16" in options else "fp32"
     run = make_run(
-        kind, folder, lora="lora" in options, max_steps=STEPS, micro_batch_tokens=int(budget), sharding=sharding
+        kind,
+        folder,
+        lora="lora" in options,
+        max_steps=STEPS,
+        micro_batch_tokens=int(budget),
+        sharding=sharding,
+        precision=precision,
     )
     trainer, _ = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
     gradients: list[torch.Tensor] = []
