@@ -1,7 +1,9 @@
-"""The demo's prompts: short tasks whose rule can be checked, composed from topics and wordings.
+"""The demo's prompts: short tasks whose rule can be checked, composed from items and ways to ask.
 
-A prompt's rule travels with it (and, in the traces, with its rows), so that a score can be recomputed from a row.
-The tasks are such that a 135M model sometimes keeps the rule and sometimes not: without spread, nothing is learnt.
+Most want a label in capitals and nothing else, as a program that reads the answer would: facts, claims, log triage,
+reviews, changes. The rest want one short sentence. The model keeps such a rule sometimes, but seldom by itself: without
+spread there is nothing to learn. A prompt's rule travels with it and, in the traces, with its rows, so that a score can
+be recomputed from a row.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ class Rule:
     """What a good response looks like.
 
     Attributes:
-        form: `sentence` (one sentence on one line) or `list` (items separated by commas on one line).
+        form: `label` (one word in capitals) or `sentence` (one sentence on one line).
         max_words: a response with more words than this breaks the rule.
-        keywords: word beginnings, in lower case, of which an answer to the point holds some.
-        items: length of the list; 0 for a sentence.
+        keywords: beginnings of words, in lower case: the right label, or words of an answer to the point.
+        labels: the words of which a label is one, in lower case.
     """
 
     form: str
     max_words: int
     keywords: tuple[str, ...]
-    items: int = 0
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,118 +46,229 @@ class Prompt:
         return self.text if self.text is not None else json.dumps(list(self.messages), ensure_ascii=False)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Tasks of one kind: how to ask, an item that an earlier turn answers, and items with their right labels."""
+
+    question: str
+    example: tuple[str, str]
+    items: dict[str, str]
+    labels: tuple[str, ...] = ()
+
+
+FACTS = Family(
+    "YES or NO: {item}?",
+    ("is ice warm", "no"),
+    {
+        "is a whale a mammal": "yes",
+        "is a cat a plant": "no",
+        "does Kubernetes run containers": "yes",
+        "can a spot instance be taken away": "yes",
+        "is the Moon bigger than the Earth": "no",
+        "do fish live in water": "yes",
+        "is iron a metal": "yes",
+        "does a pod run on a node": "yes",
+        "is a firewall made of fire": "no",
+        "can a bicycle fly": "no",
+        "is Paris in France": "yes",
+        "does a GPU do arithmetic": "yes",
+        "is a spider an insect": "no",
+        "can a backup help after a disk is lost": "yes",
+        "is snow hot": "no",
+        "do birds have feathers": "yes",
+        "is Python a programming language": "yes",
+        "should a password be shared": "no",
+        "is a tomato a metal": "no",
+        "does the Sun give light": "yes",
+        "is a checkpoint useful after a crash": "yes",
+        "can a stone swim": "no",
+        "is Linux an operating system": "yes",
+        "does rain fall upwards": "no",
+        "is gold heavier than paper": "yes",
+        "is a cache slower than a disk": "no",
+        "do bees make honey": "yes",
+        "is a mouse larger than a horse": "no",
+        "does encryption protect data": "yes",
+        "is coffee a drink": "yes",
+        "can a dog read a book": "no",
+        "is the ocean dry": "no",
+        "does a load balancer share out traffic": "yes",
+        "is a piano an animal": "no",
+        "do trees have leaves": "yes",
+        "is a terabyte more than a gigabyte": "yes",
+    },
+    ("yes", "no"),
+)
+LOGS = Family(
+    "ERROR, WARNING or INFO? Log line: {item}",
+    ("user logged in", "info"),
+    {
+        "disk full, write failed": "error",
+        "disk is almost full": "warning",
+        "server started on port 80": "info",
+        "out of memory, process killed": "error",
+        "backup finished": "info",
+        "connection refused": "error",
+        "certificate expires in three days": "warning",
+        "retrying, the service is slow": "warning",
+        "job completed": "info",
+        "cannot open file": "error",
+        "checkpoint saved": "info",
+        "node will be taken away in two minutes": "warning",
+        "training crashed": "error",
+        "user logged out": "info",
+        "memory use is high": "warning",
+        "pod started": "info",
+        "image not found": "error",
+        "old setting will soon be removed": "warning",
+        "configuration loaded": "info",
+        "permission denied": "error",
+        "queue is growing": "warning",
+        "new node joined the cluster": "info",
+        "database is down": "error",
+        "temperature of the GPU is rising": "warning",
+    },
+    ("error", "warning", "info"),
+)
+REVIEWS = Family(
+    "POSITIVE or NEGATIVE? Review: {item}",
+    ("The cake was dry.", "negative"),
+    {
+        "We loved every minute.": "positive",
+        "The room was dirty.": "negative",
+        "The update broke everything.": "negative",
+        "Great support, fast answers.": "positive",
+        "I would never buy it again.": "negative",
+        "The new dashboard is a joy.": "positive",
+        "It stopped working after a day.": "negative",
+        "Best tool that our team has.": "positive",
+        "The food was cold.": "negative",
+        "Simple, quick and reliable.": "positive",
+        "The waiting time was terrible.": "negative",
+        "A wonderful book.": "positive",
+        "The battery lasts for ever.": "positive",
+        "Too loud and too expensive.": "negative",
+    },
+    ("positive", "negative"),
+)
+CLAIMS = Family(
+    "TRUE or FALSE: {item}.",
+    ("ice is warm", "false"),
+    {
+        "a pod can hold several containers": "true",
+        "cows can fly": "false",
+        "a week has seven days": "true",
+        "a GPU is a kind of fruit": "false",
+        "water boils when it is hot enough": "true",
+        "the Earth is flat": "false",
+        "a log file can grow": "true",
+        "a square has three sides": "false",
+        "bread is made of flour": "true",
+        "a spot instance never stops": "false",
+        "the heart pumps blood": "true",
+        "fish have wheels": "false",
+        "a backup is a copy of data": "true",
+        "winter is colder than summer": "true",
+        "a router is an animal": "false",
+        "children are older than their parents": "false",
+        "a neural network can learn": "true",
+        "glass is made of wool": "false",
+        "London is a city": "true",
+        "a unit test checks code": "true",
+        "a container is heavier than a ship": "false",
+        "honey is sweet": "true",
+        "the Moon is a star": "false",
+        "a cluster has nodes": "true",
+    },
+    ("true", "false"),
+)
+CHANGES = Family(
+    "SAFE or RISKY? Change: {item}",
+    ("fix a typo in the manual", "safe"),
+    {
+        "delete the production database": "risky",
+        "add a comment to the code": "safe",
+        "turn off the firewall": "risky",
+        "rename a variable in a test": "safe",
+        "share the root password": "risky",
+        "read a log file": "safe",
+        "skip the backup": "risky",
+        "add a unit test": "safe",
+        "stop all nodes at noon": "risky",
+        "update the documentation": "safe",
+        "disable encryption": "risky",
+        "view the dashboard": "safe",
+        "deploy without tests": "risky",
+        "list the running pods": "safe",
+        "remove every checkpoint": "risky",
+        "take one more backup": "safe",
+    },
+    ("safe", "risky"),
+)
+FAMILIES = (FACTS, CLAIMS, LOGS, REVIEWS, CHANGES)
+SYSTEM = "Reply in capitals, with one word and nothing else."
+
 # Keywords are beginnings of words: "contain" finds container, contains and containerised.
-PLATFORM: dict[str, tuple[str, ...]] = {
+TOPICS: dict[str, tuple[str, ...]] = {
     "a Kubernetes pod": ("pod", "contain", "kubernetes", "node", "run", "group", "deploy"),
-    "a Kubernetes node": ("node", "kubernetes", "machine", "server", "run", "cluster", "pod"),
-    "a container image": ("image", "contain", "run", "file", "application", "software", "package"),
     "a load balancer": ("load", "balanc", "traffic", "server", "distribut", "request", "network"),
-    "a spot instance": ("spot", "instance", "cloud", "price", "cost", "cheap", "capacity"),
     "a GPU": ("gpu", "graphic", "process", "unit", "comput", "parallel", "hardware"),
-    "a checkpoint in model training": ("checkpoint", "model", "train", "save", "state", "point", "weight"),
-    "the learning rate": ("learn", "rate", "model", "train", "step", "weight", "parameter"),
     "a neural network": ("neural", "network", "neuron", "learn", "layer", "model", "data"),
-    "a tokenizer": ("token", "text", "word", "split", "string", "language", "sequence"),
-    "a language model": ("language", "model", "text", "word", "generat", "predict", "learn"),
     "a firewall": ("firewall", "network", "traffic", "security", "protect", "block", "access"),
-    "a database index": ("index", "data", "query", "table", "search", "fast", "record"),
-    "a backup": ("backup", "data", "copy", "copies", "file", "restor", "los"),
     "a log file": ("log", "file", "record", "event", "system", "error", "information"),
-    "a message queue": ("message", "queue", "send", "system", "process", "order", "communicat"),
     "a web server": ("web", "server", "page", "request", "client", "site", "http"),
     "a cache": ("cache", "data", "memory", "fast", "stor", "access", "speed"),
-    "an API": ("api", "application", "interface", "program", "software", "communicat", "data"),
-    "a unit test": ("unit", "test", "code", "function", "software", "check", "work"),
     "version control": ("version", "control", "code", "change", "track", "file", "software"),
     "encryption": ("encrypt", "data", "secur", "key", "protect", "code", "information"),
-    "a data lake": ("data", "lake", "stor", "raw", "large", "analy", "structur"),
-    "a service account": ("service", "account", "access", "user", "application", "permission", "system"),
-}
-
-GENERAL: dict[str, tuple[str, ...]] = {
     "rain": ("rain", "water", "cloud", "fall", "drop", "sky", "precipitation"),
     "a volcano": ("volcan", "lava", "magma", "erupt", "mountain", "earth", "ash"),
-    "the Moon": ("moon", "earth", "orbit", "satellite", "sky", "night", "planet"),
-    "a bicycle": ("bicycle", "bike", "wheel", "ride", "pedal", "transport", "two"),
-    "a library": ("library", "book", "read", "collection", "information", "place", "borrow"),
-    "bread": ("bread", "flour", "bak", "food", "dough", "wheat", "eat"),
     "gravity": ("gravity", "force", "earth", "mass", "pull", "attract", "object"),
-    "a magnet": ("magnet", "iron", "metal", "attract", "field", "force", "pole"),
-    "photosynthesis": ("photosynthesis", "plant", "light", "sun", "energy", "oxygen", "carbon"),
-    "a thermometer": ("thermometer", "temperature", "measur", "heat", "degree", "device", "instrument"),
-    "a whale": ("whale", "ocean", "sea", "mammal", "water", "animal", "large"),
     "the heart": ("heart", "blood", "pump", "body", "organ", "muscle", "beat"),
-    "an island": ("island", "land", "water", "sea", "ocean", "surround", "body"),
-    "a bridge": ("bridge", "cross", "river", "road", "connect", "structure", "over"),
-    "coffee": ("coffee", "bean", "drink", "caffeine", "beverage", "brew", "plant"),
-    "a clock": ("clock", "time", "hour", "minute", "measur", "device", "hand"),
-    "snow": ("snow", "ice", "water", "cold", "winter", "crystal", "fall"),
-    "a forest": ("forest", "tree", "plant", "animal", "land", "wood", "wild"),
     "a telescope": ("telescope", "star", "light", "lens", "distant", "see", "space"),
     "honey": ("honey", "bee", "sweet", "flower", "nectar", "food", "natural"),
 }
-
-LISTS: dict[str, tuple[str, ...]] = {
-    "colours": ("red", "blue", "green", "yellow", "orange", "purple", "black", "white", "pink"),
-    "fruits": ("apple", "banana", "orange", "grape", "mango", "peach", "pear", "strawberr", "pineapple"),
-    "animals": ("dog", "cat", "horse", "lion", "tiger", "elephant", "bird", "bear", "fish", "monkey"),
-    "planets": ("mercury", "venus", "earth", "mars", "jupiter", "saturn", "uranus", "neptune"),
-    "countries in Europe": ("france", "germany", "italy", "spain", "portugal", "poland", "greece", "sweden", "united"),
-    "programming languages": ("python", "java", "c", "ruby", "go", "rust", "php", "javascript", "swift"),
-    "operating systems": ("linux", "windows", "mac", "android", "ios", "unix", "ubuntu", "apple"),
-    "cloud services": ("aws", "amazon", "azure", "google", "cloud", "storage", "microsoft", "comput", "database"),
-    "musical instruments": ("guitar", "piano", "violin", "drum", "flute", "trumpet", "cello", "saxophone"),
-    "sports": ("football", "soccer", "basketball", "tennis", "baseball", "hockey", "golf", "swim", "volleyball"),
-    "kinds of weather": ("rain", "sun", "snow", "wind", "cloud", "storm", "fog", "hail", "thunder"),
-    "vegetables": ("carrot", "broccoli", "spinach", "potato", "tomato", "onion", "pepper", "lettuce", "cabbage"),
+DEFINITION = "In one short sentence: what is {topic}?"
+PLAIN = "YES or NO: is ice warm?\nAnswer: No.\nYES or NO: {item}?\nAnswer:"
+PLAIN_ITEMS = {
+    "is a lion a plant": "no",
+    "is Rome in Italy": "yes",
+    "can a car swim": "no",
+    "is milk white": "yes",
+    "is a node a machine": "yes",
+    "is fire cold": "no",
 }
-
-DEFINITION = (
-    "In one short sentence: what is {topic}?",
-    "Explain {topic} to a platform engineer in at most 15 words.",
-    "Why is {topic} useful? Answer in one sentence.",
-)
-ENUMERATION = (
-    "Name three {topic} as a comma-separated list.",
-    "List three {topic} on one line, separated by commas. No other words.",
-)
-SYSTEM = "You answer on one line, without introduction."
-EARLIER_TURN: tuple[Message, ...] = (
-    {"role": "user", "content": "What is a river? Be brief."},
-    {"role": "assistant", "content": "A river is water that flows to the sea."},
-)
-PLAIN = "Question: What is {topic}?\nShort answer, one sentence:"
 
 
 def compose() -> list[Prompt]:
     """Every prompt of the demo, always in the same order."""
-    return [*_sentences(), *_lists(), *_plain()]
+    return [*_labels(), *_sentences(), *_plain()]
+
+
+def _labels() -> Iterator[Prompt]:
+    """In two of three prompts an earlier turn was answered the usual way; in the third, as the rule wants it."""
+    for family in FAMILIES:
+        item, answer = family.example
+        for number, (wanted, label) in enumerate(family.items.items()):
+            usual = number % 3 != 2
+            turns = (
+                _said("user", family.question.format(item=item)),
+                _said("assistant", f"{answer.capitalize()}." if usual else answer.upper()),
+                _said("user", family.question.format(item=wanted)),
+            )
+            system = (_said("system", SYSTEM),) if usual else ()
+            yield Prompt((*system, *turns), Rule("label", 1, (label,), family.labels))
 
 
 def _sentences() -> Iterator[Prompt]:
-    topics = {**PLATFORM, **GENERAL}
-    for number, (topic, keywords) in enumerate(topics.items()):
-        wordings = DEFINITION if topic in PLATFORM else (DEFINITION[0], DEFINITION[2])
-        for variant, wording in enumerate(wordings):
-            limit = 15 if "15 words" in wording else 20
-            yield _chat(wording.format(topic=topic), Rule("sentence", limit, keywords), number + variant)
-
-
-def _lists() -> Iterator[Prompt]:
-    for number, (topic, keywords) in enumerate(LISTS.items()):
-        for variant, wording in enumerate(ENUMERATION):
-            yield _chat(wording.format(topic=topic), Rule("list", 9, keywords, items=3), number + variant)
+    for topic, keywords in TOPICS.items():
+        yield Prompt((_said("user", DEFINITION.format(topic=topic)),), Rule("sentence", 12, keywords))
 
 
 def _plain() -> Iterator[Prompt]:
     """A few prompts that are no chat: both ways of reading traces are used."""
-    for topic in ("a web server", "a GPU", "snow", "a bridge", "a backup", "coffee"):
-        keywords = {**PLATFORM, **GENERAL}[topic]
-        yield Prompt((), Rule("sentence", 20, keywords), text=PLAIN.format(topic=topic))
+    for item, label in PLAIN_ITEMS.items():
+        yield Prompt((), Rule("label", 1, (label,), FACTS.labels), text=PLAIN.format(item=item))
 
 
-def _chat(question: str, rule: Rule, number: int) -> Prompt:
-    """Every third prompt has a system message, every ninth an earlier turn."""
-    system: tuple[Message, ...] = ({"role": "system", "content": SYSTEM},) if number % 3 == 0 else ()
-    turns = EARLIER_TURN if number % 9 == 4 else ()
-    return Prompt((*system, *turns, {"role": "user", "content": question}), rule)
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

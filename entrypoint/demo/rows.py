@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ FIRST_DAY = datetime(2026, 11, 16, tzinfo=UTC)
 DAYS = 3
 USERS = 40
 USERS_WITHOUT_CONSENT = 2
-TIED = (40, 80, 120)  # groups whose responses all got the same label: nothing to learn from
-ALONE = (60, 100)  # groups of which one response was logged
+TIED = (30, 60, 90)  # groups whose responses all got the same label: nothing to learn from
+ALONE = (45, 75)  # groups of which one response was logged
 THUMB = 0.8  # the one label that the tied groups got
 
 
@@ -58,21 +59,20 @@ def schema() -> pa.Schema:
     )
 
 
-def rows(responses: Sequence[Response], *, per_prompt: int, seed: int) -> list[Row]:
-    """All rows, flaws included; `responses` come in groups of `per_prompt`."""
+def rows(responses: Iterable[Response], *, seed: int) -> list[Row]:
+    """All rows, flaws included; responses to the same prompt stand together."""
     dice = random.Random(seed)
     users = [f"user-{dice.getrandbits(32):08x}" for _ in range(USERS)]
     found: list[Row] = []
-    for place, response in enumerate(responses):
-        group, number = divmod(place, per_prompt)
-        if group in ALONE and number > 0:
-            continue
-        row = _row(response, users, dice)
-        if group in ALONE:
-            _mark(row, "single response")
-        if group in TIED:
-            _mark(row, "tie", final_reward=THUMB)
-        found.append(row)
+    for number, (_, group) in enumerate(groupby(responses, key=lambda response: response.prompt)):
+        made = [_row(response, users, dice) for response in group]
+        if number in ALONE:
+            made = made[:1]
+            _mark(made[0], "single response")
+        if number in TIED:
+            for row in made:
+                _mark(row, "tie", final_reward=THUMB)
+        found += made
     return found + _flaws(found, users, dice)
 
 
@@ -134,13 +134,13 @@ def _flaws(sound: Sequence[Row], users: Sequence[str], dice: random.Random) -> l
         ("duplicate", 8, {}),
         ("relabelled duplicate", 6, {"final_reward": None}),
     ]
-    able = [row for row in sound if row["user_consent"] and "flaw" not in json.loads(row["metadata"])]
+    able = [row for row in sound if row["user_consent"] and row["output"] and "flaw" not in json.loads(row["metadata"])]
     made: list[Row] = []
     for flaw, count, changes in flaws:
         for row in dice.sample(able, count):
             copy = {**row, **_request(users, dice), "user_consent": True, "user_id": row["user_id"]}
             _mark(copy, flaw, **changes)
-            if flaw == "relabelled duplicate":  # a second labeller was a little stricter
-                copy["final_reward"] = round(max(0.0, row["final_reward"] - 0.06), 4)
+            if flaw == "relabelled duplicate":  # a second labeller judged a little otherwise
+                copy["final_reward"] = round(abs(row["final_reward"] - 0.06), 4)
             made.append(copy)
     return made

@@ -22,9 +22,12 @@ from entrypoint.demo.rows import rows, write
 from entrypoint.errors import ConfigError, RunError
 
 SEED = 20261116
-RESPONSES = 6  # of each prompt
-MAX_TOKENS = 48  # a response that is not done by then stays as it is, cut: it scores low
+RESPONSES = 8  # tries of each prompt
+LIMITS = {"label": 12, "sentence": 48}  # tokens by form, as a service would set max_tokens
 BATCH = 96  # rows decoded together
+
+
+Tried = tuple[list[int], float]  # token ids without the end token, seconds until it came
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Response:
 
 
 def sample(prompts: Sequence[Prompt], model_folder: Path) -> Iterator[Response]:
-    """`RESPONSES` responses to each prompt, in the prompts' order."""
+    """`RESPONSES` tries of each prompt, in the prompts' order.
+
+    A try that reaches its limit is left out: training appends an end-of-sequence, which the model did not choose there.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,9 +54,16 @@ def sample(prompts: Sequence[Prompt], model_folder: Path) -> Iterator[Response]:
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         torch.manual_seed(SEED + start)
-        decoded = _decode(model, tokenizer, [_rendered(prompt, tokenizer) for prompt in batch])
-        for prompt, (ids, seconds) in zip(batch, decoded, strict=True):
-            yield Response(prompt, tokenizer.decode(ids), len(ids), 1000 * seconds)
+        texts = [_rendered(prompt, tokenizer) for prompt in batch]
+        for prompt, tried in zip(batch, _decode(model, tokenizer, texts, _limits(batch)), strict=True):
+            if tried is not None:
+                ids, seconds = tried
+                yield Response(prompt, tokenizer.decode(ids), len(ids), 1000 * seconds)
+        print(f"{start + len(batch)} of {len(rows)} tries", flush=True)
+
+
+def _limits(prompts: Sequence[Prompt]) -> list[int]:
+    return [LIMITS[prompt.rule.form] for prompt in prompts]
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
@@ -59,28 +72,30 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True))
 
 
-def _decode(model: Any, tokenizer: Any, prompts: list[str]) -> list[tuple[list[int], float]]:
-    """Token ids without the end token, and seconds until the last of them, of one response to each prompt."""
+def _decode(model: Any, tokenizer: Any, prompts: list[str], limits: list[int]) -> list[Tried | None]:
+    """One response to each prompt, decoded together; None for one that was not done at its limit."""
     import torch
 
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     step, mask = encoded["input_ids"], encoded["attention_mask"]  # (B, L)
     position = mask.cumsum(-1).sub(1).clamp(min=0)
-    alive = torch.arange(len(prompts))
-    cache, began = None, time.perf_counter()
-    found: list[tuple[list[int], float]] = [([], 0.0) for _ in prompts]
-    for _ in range(MAX_TOKENS):
+    alive, cache, began = torch.arange(len(prompts)), None, time.perf_counter()
+    ids: list[list[int]] = [[] for _ in prompts]
+    found: list[Tried | None] = [None] * len(prompts)
+    for number in range(max(limits)):
         with torch.inference_mode():
             out = model(step, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
         drawn = torch.multinomial(out.logits[:, -1].softmax(-1), 1)  # (B, 1)
-        going = drawn[:, 0] != tokenizer.eos_token_id
-        for row, token, goes in zip(alive.tolist(), drawn[:, 0].tolist(), going.tolist(), strict=True):
-            ids = [*found[row][0], token] if goes else found[row][0]
-            found[row] = (ids, time.perf_counter() - began)
+        for row, token in zip(alive.tolist(), drawn[:, 0].tolist(), strict=True):
+            if token == tokenizer.eos_token_id:
+                found[row] = (ids[row], time.perf_counter() - began)
+            else:
+                ids[row].append(token)
+        going = (drawn[:, 0] != tokenizer.eos_token_id) & (torch.tensor(limits)[alive] > number + 1)
         if not going.any():
             break
         cache, keep = out.past_key_values, going.nonzero()[:, 0]
-        cache.batch_select_indices(keep)  # finished rows cost nothing from here on
+        cache.batch_select_indices(keep)  # rows that are done cost nothing from here on
         alive, step, position = alive[keep], drawn[keep], position[keep, -1:] + 1
         mask = torch.cat([mask[keep], torch.ones_like(step)], dim=1)
     return found
@@ -94,13 +109,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"--out {out}: is not empty; the traces of two samplings would mix: name a new folder")
-        responses: list[Response] = []
-        prompts = compose()
-        for response in sample(prompts, unpack_model()):
-            responses.append(response)
-            if len(responses) % BATCH == 0:
-                print(f"{len(responses)} of {len(prompts) * RESPONSES} responses", flush=True)
-        for path in write(rows(responses, per_prompt=RESPONSES, seed=SEED), out):
+        responses = list(sample(compose(), unpack_model()))
+        for path in write(rows(responses, seed=SEED), out):
             print(path, flush=True)
     except (RunError, OSError) as error:
         print(f"sample: {error}", file=sys.stderr, flush=True)

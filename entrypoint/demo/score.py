@@ -2,8 +2,8 @@
 
 They stand in for the labellers of a real pipeline (a Ragas metric, a judge model, and a reward mixed from both):
 
-    ragas_reward   is it to the point:   keywords of the topic, nothing said twice
-    judge_score    is it as asked:       length, form, a proper end
+    ragas_reward   is it to the point:   the right label, or keywords of the topic; nothing said twice
+    judge_score    is it as asked:       capitals and nothing else, or one short sentence with a proper end
     final_reward   0.3 ragas_reward + 0.7 judge_score
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from entrypoint.demo.prompts import Rule
 
-ENOUGH_KEYWORDS = 3  # an answer with this many is to the point
+ENOUGH_KEYWORDS = 3  # a sentence with this many is to the point
 SHORT_WORD = 3  # words of so many letters and less may be said twice
 RAGAS_WEIGHT = 0.3
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -38,51 +38,53 @@ def score(rule: Rule, response: str) -> Scores:
 
 
 def ragas_reward(rule: Rule, response: str) -> float:
-    """Relevance: min(1, keywords found / 3), times the share of longer words that were not said before."""
+    """Relevance, times the share of longer words that were not said before.
+
+    Of a label: 1 for the right one, 1/n where n labels are named and it is among them.
+    Of a sentence: min(1, keywords found / 3).
+    """
     words = _words(response)
     hits = sum(any(word.startswith(keyword) for word in words) for keyword in rule.keywords)
+    named = len(set(words) & set(rule.labels)) if rule.form == "label" else ENOUGH_KEYWORDS
     longer = [word for word in words if len(word) > SHORT_WORD]
     fresh = len(set(longer)) / len(longer) if longer else 1.0
-    return min(1.0, hits / ENOUGH_KEYWORDS) * fresh
+    return min(1.0, hits / max(1, named)) * fresh
 
 
 def judge_score(rule: Rule, response: str) -> float:
-    """Instruction following: 0.4 length + 0.4 form + 0.2 end; 0 for a response without a word."""
-    if not _words(response):
+    """Instruction following.
+
+    Of a label: 0.75 capitals + 0.25 length; 0 where none is named.
+    Of a sentence: 0.65 length + 0.25 form + 0.1 end; 0 without a word.
+    """
+    words = _words(response)
+    if not words:
         return 0.0
-    form = _list_form(rule, response) if rule.form == "list" else _sentence_form(response)
-    return 0.4 * _length(rule, response) + 0.4 * form + 0.2 * _ends_properly(rule, response)
+    if rule.form == "sentence":
+        return 0.65 * _length(rule, words) + 0.25 * _form(response) + 0.1 * _ends_properly(response)
+    if not set(words) & set(rule.labels):
+        return 0.0
+    capitals = response.isupper() and words[0] in rule.labels
+    return 0.75 * capitals + 0.25 * _length(rule, words)
 
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _length(rule: Rule, response: str) -> float:
+def _length(rule: Rule, words: list[str]) -> float:
     """1 within the limit, falling on a line to 0 at twice the limit."""
-    return min(1.0, max(0.0, 2.0 - len(_words(response)) / rule.max_words))
+    return min(1.0, max(0.0, 2.0 - len(words) / rule.max_words))
 
 
-def _sentence_form(response: str) -> float:
+def _form(response: str) -> float:
     """1 for one sentence on one line; 0.5 for two; 0 for more, or for several lines."""
     text = response.strip()
     if "\n" in text:
         return 0.0
-    sentences = len(_SENTENCE_END.findall(text)) + (not text.endswith((".", "!", "?")))
+    sentences = len(_SENTENCE_END.findall(text)) + (not _ends_properly(text))
     return {1: 1.0, 2: 0.5}.get(sentences, 0.0)
 
 
-def _list_form(rule: Rule, response: str) -> float:
-    """1 for as many short items as were asked for, with commas, on one line; half of it for another number of items."""
-    text = response.strip().rstrip(".")
-    items = text.split(",")
-    if "\n" in text or len(items) < 2 or any(not 1 <= len(_words(item)) <= 3 for item in items):
-        return 0.0
-    return 1.0 if len(items) == rule.items else 0.5
-
-
-def _ends_properly(rule: Rule, response: str) -> float:
-    text = response.strip()
-    if rule.form == "list":
-        return float(text[-1].isalnum() or text.endswith("."))
-    return float(text.endswith((".", "!", "?", '."', ".)")))
+def _ends_properly(response: str) -> bool:
+    return response.strip().endswith((".", "!", "?"))
