@@ -322,7 +322,7 @@ def test_what_makes_a_run_this_run() -> None:
     free = set(flatten(run)) - set(fingerprint_keys(run))
     assert free == {
         "checkpoint.path", "checkpoint.save_every", "checkpoint.keep", "checkpoint.resume",
-        "output.path", "output.dtype", "output.iteration",
+        "output.path", "output.iteration",
         "tracking.mlflow_uri", "tracking.experiment", "tracking.run_name", "tracking.registered_model",
         "data.cache_path", "data.endpoint_url", "model.cache_path",
         "train.collective_timeout", "train.eval_pairs", "train.eval_steps", "train.gradient_checkpointing",
