@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,13 +28,27 @@ from tests.servers.mlflow import MlflowServer
 from tests.servers.mlflow import mlflow_server as start_mlflow_server
 from tests.servers.s3 import S3Server, s3_server
 
+MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
+BY_MODULE = ("tests/e2e/",)  # tests of a module look at the same runs from many sides
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a server which is slow to start run on one worker (`--dist loadgroup`)."""
-    for item in items:
-        if "mlflow_server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("mlflow"))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup`: tests that share what is slow to make run on one worker, others where there is room.
+
+    By their paths: marks (`xdist_group`) group nothing since pytest 9.2, see pytest-dev/pytest-xdist#1386.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(MLFLOW):
+                return "mlflow"
+            return nodeid.partition("::")[0] if nodeid.startswith(BY_MODULE) else nodeid
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e import traces
 from tests.e2e.runs import TINY_RUN, Ended, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e-rows")]
+pytestmark = pytest.mark.slow
 
 RECORDED = -5.5  # nats of each recorded token
 PROMPTS = 6

@@ -13,7 +13,7 @@ from tests.e2e import traces
 from tests.e2e.oracle import assert_same_course, assert_same_weights
 from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, contents, kill, run_all
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e-interruption")]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVE_EVERY = 40, 7
 AFTER_A_CHECKPOINT = 9  # a step of epoch 2 (four steps an epoch), two after the checkpoint of step 7

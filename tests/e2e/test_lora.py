@@ -10,7 +10,7 @@ import pytest
 from tests.e2e import traces
 from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e-lora")]
+pytestmark = pytest.mark.slow
 
 STEPS = 40
 

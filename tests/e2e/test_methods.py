@@ -16,7 +16,7 @@ from tests.e2e import traces
 from tests.e2e.runs import TINY_RUN, TORCHRUN, Ended, Start, sha256, weights
 from tests.servers.s3 import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e-methods")]
+pytestmark = pytest.mark.slow
 
 STEPS = 12
 PARTS = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

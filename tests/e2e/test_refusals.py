@@ -13,7 +13,7 @@ from tests.e2e import traces
 from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, run_all
 from tests.servers.s3 import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e-refusals")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
