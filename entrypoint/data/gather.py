@@ -25,8 +25,6 @@ from entrypoint.data.rules import Rules, group_reasons
 from entrypoint.data.scan import Scan, Unread
 from entrypoint.data.tokens import Tokens
 
-SORTED_ROWS = 8192  # of one batch that comes back sorted, to be tokenised
-
 ROWS = pa.schema(
     [
         ("row", pa.int64()),
@@ -63,7 +61,7 @@ def sorted_rows(scan: Scan, rules: Rules, index: Index, spill: Path) -> Iterator
         # The text of equal prompts repeats: they are told apart by the key's hash alone.
         query = "SELECT sha256(key) AS hash, * EXCLUDE (key) FROM kept ORDER BY hash"
         rest: pa.Table | None = None
-        for batch in connection.sql(query).to_arrow_reader(SORTED_ROWS):
+        for batch in connection.sql(query).to_arrow_reader(scan.batch_rows):
             table = pa.Table.from_batches([batch])
             table = table if rest is None else pa.concat_tables([rest, table])
             # The last prompt may go on in the next batch.

@@ -59,6 +59,7 @@ class Scan:
         self.files = files
         self.columns = columns
         self.starts: list[int] = []
+        self._seen = [0, 0]  # rows that were read, and bytes of their columns
         self._open = opener
 
     def batches(self, unread: frozenset[str] = frozenset(), *, checked: bool = True) -> Iterator[Batch | Unread]:
@@ -87,6 +88,11 @@ class Scan:
                 f"{self.files[0].path} and others: changed while they were read; start again when they rest"
             )
         self.starts = starts
+
+    @property
+    def batch_rows(self) -> int:
+        """How many of the rows that were read fit into a batch of usual size."""
+        return _batch_rows(*self._seen)
 
     def source(self, row: int) -> str:
         """`s3://bucket/key.parquet row 41` for the number of a row; a file's first row is row 0."""
@@ -118,7 +124,8 @@ class Scan:
         row = start
         for group in range(metadata.num_row_groups):
             packed, unpacked, rows = _sizes(metadata.row_group(group), kinds)
-            batch_rows = max(64, min(BATCH_ROWS, BATCH_BYTES * rows // max(unpacked, 1)))
+            batch_rows = _batch_rows(rows, unpacked)
+            self._seen = [self._seen[0] + rows, self._seen[1] + unpacked]
             whole = packed <= PREFETCH_BYTES
             # A reader for each row group: what a reader has pre-buffered stays in memory until it goes.
             reader = pq.ParquetFile(
@@ -134,6 +141,10 @@ class Scan:
                 row += batch.num_rows
         if row - start != metadata.num_rows:
             raise pa.ArrowInvalid(f"{row - start} rows where the footer says {metadata.num_rows}")
+
+
+def _batch_rows(rows: int, size: int) -> int:
+    return max(64, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
 
 
 def _sizes(group: pq.RowGroupMetaData, names: Any) -> tuple[int, int, int]:

@@ -99,6 +99,19 @@ def test_the_split_is_the_hash_of_the_prompt(tokenizer: Tokenizer, lake: Path, c
     assert not expected & {g.prompt_hash for g in again.train}
 
 
+def test_long_rows_come_in_small_batches(tokenizer: Tokenizer, lake: Path, cache: Path) -> None:
+    """A batch's 64 MiB are 64 rows of 1 MiB, here 65 since two short ones lower the mean; of 80 all are too long."""
+    from entrypoint.data.locations import Opener
+    from entrypoint.data.rules import Rules
+    from entrypoint.data.scan import Scan
+
+    rows = [row("p", f"{number} " + "~" * 2**20, number / 80) for number in range(80)]
+    write(lake / "a.parquet", rows + group("q", 0.9, 0.1), use_dictionary=False, compression="zstd")
+    scan = Scan(find_files(str(lake)), Rules.of(Data()).columns, Opener())
+    assert max(batch.rows for batch in scan.batches()) == scan.batch_rows == 65
+    assert prepared(tokenizer, lake, cache).counts.dropped == {"TOO_LONG": 80}
+
+
 def test_split_bounds() -> None:
     assert Split(0.5).held_out(["7ff" + "0" * 61, "8" + "0" * 63]).tolist() == [True, False]
     assert Split(0.0).held_out(["0" * 64]).tolist() == [False]
@@ -142,8 +155,8 @@ def test_the_key_moves_with_what_matters_alone(tokenizer: Tokenizer, lake: Path,
         {"models": ["m"]},
         {"require_consent": False},
         {"behaviour_model": "m"},
-        {"logprobs_column": "l"},
-        {"token_ids_column": "t"},
+        {"logprobs_column": "l", "token_ids_column": "t"},
+        {"logprobs_column": "l", "token_ids_column": "u"},
         {"held_out_share": 0.2},
     ):
         changed.append(key(**change))
