@@ -234,7 +234,8 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     tracker.finish({**RECORD, "metrics": {"after": {}}})
     assert steps_of(tmp_path / "gone") == list(range(1, 31))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mlflow: ")]
-    assert "metrics are kept and sent later" in lines[0]
+    # Metrics go out by a thread of their own: either failure may be told first.
+    assert any("metrics are kept and sent later" in line for line in lines[:2])
     assert "30 metric values never arrived" in lines[-1]
     assert len(lines) == 3  # between them: the model is not registered
 

@@ -67,6 +67,7 @@ class MlflowRun:
         self._news, self._stop, self._sending = threading.Event(), threading.Event(), threading.Lock()
         self._sent: set[tuple[str, int]] = set()
         self._failures, self._dropped, self._closed = 0, 0, False
+        self._outage = False  # whether it was said that metrics don't get through
         known = None if fresh else _known(folder, uri)
         self.run_id = known or ""  # empty: there is none
         try:
@@ -195,7 +196,8 @@ class MlflowRun:
                 try:
                     self._send()
                 except Exception as error:
-                    self._failed("metrics are kept and sent later", error)
+                    self._failed("metrics are kept and sent later", error, always=not self._outage)
+            self._outage = True
 
     def _send(self) -> None:
         while part := self._waiting[:AT_ONCE]:
