@@ -197,7 +197,7 @@ class MlflowRun:
                     self._send()
                 except Exception as error:
                     self._failed("metrics are kept and sent later", error, always=not self._outage)
-            self._outage = True
+                    self._outage = True
 
     def _send(self) -> None:
         while part := self._waiting[:AT_ONCE]:
