@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.demo.model import unpack_model
+from entrypoint.demo.prompts import Message, unseen
 from entrypoint.errors import ConfigError, RunError
 
 HERE = Path(__file__).parent
@@ -26,7 +27,6 @@ METRICS = {
     "logp_chosen": "log-prob of good responses, nats a token",
     "kl": "KL to the base model, nats a token",
 }
-QUESTION = "In one short sentence: what is a Kubernetes cluster?"  # no trace has it
 ANSWER_TOKENS = 64
 
 
@@ -159,13 +159,16 @@ def _run(name: str, module: str, arguments: Sequence[str]) -> None:
 
 def _answers(models: dict[str, Path]) -> None:
     """One prompt that no trace has, answered greedily by each model."""
-    print(f"\n{QUESTION}", flush=True)
+    chat = unseen()
+    print("\nA prompt that no trace has:", flush=True)
+    for message in chat:
+        print(f"  {message['role']:<9}  {message['content']}", flush=True)
     for name, folder in models.items():
-        print(f"{name.upper():>5}: {answer(folder, QUESTION)}", flush=True)
+        print(f"{name.upper():>11}  {answer(folder, chat)}", flush=True)
     print(flush=True)
 
 
-def answer(folder: Path, question: str) -> str:
+def answer(folder: Path, chat: list[Message]) -> str:
     """The model's most likely answer, at most `ANSWER_TOKENS` long."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,7 +177,6 @@ def answer(folder: Path, question: str) -> str:
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    chat = [{"role": "user", "content": question}]
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     found = model.generate(**encoded, do_sample=False, max_new_tokens=ANSWER_TOKENS)[0, encoded["input_ids"].shape[1] :]
     text = str(tokenizer.decode(found, skip_special_tokens=True)).strip()

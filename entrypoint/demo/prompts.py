@@ -244,19 +244,26 @@ def compose() -> list[Prompt]:
     return [*_labels(), *_sentences(), *_plain()]
 
 
+def unseen() -> list[Message]:
+    """A chat in the manner of the traces', with an item that none of them has."""
+    return list(_label_chat(CHANGES, "format the disk", usual=True))
+
+
 def _labels() -> Iterator[Prompt]:
     """In two of three prompts an earlier turn was answered the usual way; in the third, as the rule wants it."""
     for family in FAMILIES:
-        item, answer = family.example
-        for number, (wanted, label) in enumerate(family.items.items()):
-            usual = number % 3 != 2
-            turns = (
-                _said("user", family.question.format(item=item)),
-                _said("assistant", f"{answer.capitalize()}." if usual else answer.upper()),
-                _said("user", family.question.format(item=wanted)),
-            )
-            system = (_said("system", SYSTEM),) if usual else ()
-            yield Prompt((*system, *turns), Rule("label", 1, (label,), family.labels))
+        for number, (item, label) in enumerate(family.items.items()):
+            yield Prompt(_label_chat(family, item, usual=number % 3 != 2), Rule("label", 1, (label,), family.labels))
+
+
+def _label_chat(family: Family, item: str, *, usual: bool) -> tuple[Message, ...]:
+    example, answer = family.example
+    turns = (
+        _said("user", family.question.format(item=example)),
+        _said("assistant", f"{answer.capitalize()}." if usual else answer.upper()),
+        _said("user", family.question.format(item=item)),
+    )
+    return (_said("system", SYSTEM), *turns) if usual else turns
 
 
 def _sentences() -> Iterator[Prompt]:
