@@ -8,18 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from entrypoint.conf import Grpo, Run
-from entrypoint.data.groups import Groups, Int64
+from entrypoint.data.groups import Float32, Groups, Int64
+from entrypoint.errors import ConfigError
 from entrypoint.load import Loaded
+from entrypoint.sharing.check import settle
 from entrypoint.storage import write_atomically
 from entrypoint.tracking.tracker import Tracker
-from entrypoint.training.build import Plan
+from entrypoint.training.batches import Cost
+from entrypoint.training.build import Plan, compute_dtype
 from entrypoint.training.course import Course
 from entrypoint.training.evaluation import HeldOut, evaluate
 from entrypoint.training.reference import ReferenceLogProbs
-from entrypoint.training.scoring import Forward
+from entrypoint.training.scoring import Scorer
 from entrypoint.world import World
 
 BEFORE = "before.json"  # the base model's metrics: a resumed run can't measure them again
@@ -49,6 +54,7 @@ class Session:
 
         A restart finds both on disk.
         """
+        self._share_prompts(model)
         train, needed = self.loaded.traces.train, self.plan.sampler.visited(self.plan.steps)
         for reference, groups, responses in (
             (self.reference, train, needed),
@@ -69,35 +75,50 @@ class Session:
         if not len(self.held):
             return {}
         method = self.run.method
-        with self._scoring(self.trainer.model_wrapped if model is None else model) as forward:
-            return evaluate(
-                forward,
-                self.held,
-                self.held_reference,
-                # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
-                beta=(method.kl_coeff or 1.0) if isinstance(method, Grpo) else method.beta,
-                pad=self.pad,
-                budget=self.run.train.micro_batch_tokens,
-                device=self.trainer.args.device,
-                world=self.world,
-            )
+        # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
+        beta = (method.kl_coeff or 1.0) if isinstance(method, Grpo) else method.beta
+        with self._scoring(self.trainer.model_wrapped if model is None else model, self.world) as scorer:
+            return evaluate(scorer, self.held, self.held_reference, beta=beta)
+
+    def _share_prompts(self, model: nn.Module) -> None:
+        """Check on a group of the first step that sharing its prompt changes nothing; else compute it plainly.
+
+        Raises:
+            ConfigError: train.share_prompts=always, and it does.
+        """
+        sampler, groups = self.plan.sampler, self.loaded.traces.train
+        if self.trainer.shared is None:
+            return
+        group = int(sampler.units.group[sampler.steps(0)[0][0]])
+        sampler.cost = Cost(groups, shared=True)
+        responses = np.arange(groups.offsets[group], groups.offsets[group + 1])
+        few = sampler.cost.pack([[r] for r in responses.tolist()], sampler.budget)[0]
+
+        def score() -> Float32:
+            # Every rank scores the same: under FSDP a forward is a collective.
+            with self._scoring(model, World(rank=0, size=1, store=None)) as scorer:
+                return np.concatenate([values for _, values in scorer.log_probs(groups, np.array(few))])
+
+        def agree(own: float) -> float:
+            return float(self.world.sum(torch.tensor(own, device=self.trainer.args.device))) / self.world.size
+
+        train = self.run.train
+        why = settle(self.trainer.shared, score, dtype=compute_dtype(train), agree=agree)
+        if why is None:
+            return
+        sampler.cost = Cost(groups, shared=False)
+        if train.share_prompts == "always":
+            raise ConfigError(f"train.share_prompts: always, but this model computes something else then: {why}")
+        self.world.warn(f"prompts are not shared: {why}")
 
     def _fill(self, reference: ReferenceLogProbs, groups: Groups, responses: Int64, model: nn.Module) -> None:
-        with self._scoring(model) as forward:
-            computed = reference.compute(
-                forward,
-                groups,
-                responses,
-                pad=self.pad,
-                budget=self.run.train.micro_batch_tokens,
-                device=self.trainer.args.device,
-                world=self.world,
-            )
+        with self._scoring(model, self.world) as scorer:
+            computed = reference.compute(scorer, groups, responses)
         self.world.say(f"reference log-probs of {len(responses):,} responses, {computed:,} of them computed now")
 
     @contextmanager
-    def _scoring(self, model: nn.Module) -> Iterator[Forward]:
-        """The model's forward for scoring: in the run's precision, without DDP's collectives around it.
+    def _scoring(self, model: nn.Module, world: World) -> Iterator[Scorer]:
+        """The model as it scores for `world`: in the run's precision, without DDP's collectives around it.
 
         Afterwards the model is in the mode that it was in: TRL files a step's metrics by it.
         """
@@ -111,7 +132,14 @@ class Session:
 
         bare.eval()
         try:
-            yield forward
+            yield Scorer(
+                forward,
+                pad=self.pad,
+                shared=self.plan.sampler.cost.shared,
+                budget=self.plan.sampler.budget,
+                device=self.trainer.args.device,
+                world=world,
+            )
         finally:
             bare.train(training)
 

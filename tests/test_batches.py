@@ -9,7 +9,7 @@ import pytest
 
 from entrypoint.data.groups import Groups
 from entrypoint.data.pairs import Pairs, pairs_of
-from entrypoint.training.batches import MicroBatch, StepSampler, deal, group_units, pack, pair_units
+from entrypoint.training.batches import Cost, MicroBatch, StepSampler, deal, group_units, pair_units
 from tests.trainers.sample_groups import ragged_groups
 
 
@@ -32,14 +32,36 @@ def test_equal_costs_are_dealt_in_turn() -> None:
     assert deal([2, 2, 2, 2], 3) == [[0, 3], [1], [2]]
 
 
-def test_a_batch_is_cut_where_rows_times_longest_would_exceed_the_budget() -> None:
-    lengths = np.array([10, 9, 5, 5, 30])
+def of_lengths(rows: list[tuple[int, list[int]]], *, shared: bool) -> Cost:
+    """The cost over groups of these (prompt length, response lengths)."""
+    lists = [
+        {"prompt_ids": [1] * p, "response_ids": [[2] * r for r in rs], "rewards": [0.5] * len(rs)} for p, rs in rows
+    ]
+    return Cost(Groups.from_lists(lists), shared=shared)
+
+
+def test_a_plain_batch_is_cut_where_rows_times_longest_would_exceed_the_budget() -> None:
+    cost = of_lengths([(1, [9, 8, 4, 4, 29])], shared=False)  # rows of 10, 9, 5, 5 and 30 tokens
     # 2 x 10 = 20 fits, 3 x 10 does not; 5 and 5 fit; 30 is over the budget and alone
-    assert pack([[0], [1], [2], [3], [4]], lengths, 20) == [[0, 1], [2, 3], [4]]
+    assert cost.pack([[0], [1], [2], [3], [4]], 20) == [[0, 1], [2, 3], [4]]
+    assert cost.of([0, 1]) == 20
+    assert cost.of([]) == 0
 
 
-def test_an_atom_stays_together() -> None:
-    assert pack([[0, 1], [2, 3]], np.array([4, 4, 4, 4]), 12) == [[0, 1], [2, 3]]
+def test_a_shared_batch_is_cut_by_distinct_tokens() -> None:
+    cost = of_lengths([(10, [3, 4, 5]), (6, [1, 2])], shared=True)
+    # 10 + 3 + 4 = 17 fits, + 5 = 22 does not: the prompt comes again, 10 + 5 = 15; + 6 + 1 = 22 does not
+    assert cost.pack([[0], [1], [2], [3], [4]], 20) == [[0, 1], [2], [3, 4]]
+    assert [cost.of(batch) for batch in ([0, 1], [2], [3, 4], [0, 4])] == [17, 15, 9, 21]
+    # A response that is in two pairs is computed once: 10 + 3 + 5, then + 4
+    assert cost.pack([[0, 2], [0, 1]], 22) == [[0, 2, 0, 1]]
+    assert cost.of([0, 2, 0, 1]) == 22
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_atom_stays_together(shared: bool) -> None:
+    cost = of_lengths([(1, [3, 3, 3, 3])], shared=shared)
+    assert cost.pack([[0, 1], [2, 3]], 12) == [[0, 1], [2, 3]]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
@@ -95,16 +117,31 @@ def test_ranks_share_a_step_without_loss_or_repetition(world: int, kind: str) ->
         assert got == wanted
         sequences = len(wanted) // units.atom
         tokens = int(groups.response_lengths[wanted].sum())
-        assert {(m.step_sequences, m.step_tokens) for rank in ranks for m in rank} == {(sequences, tokens)}
+        assert {(m.step.sequences, m.step.tokens) for rank in ranks for m in rank} == {(sequences, tokens)}
 
 
-def test_micro_batches_stay_within_the_budget() -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_stay_within_the_budget(shared: bool) -> None:
     groups = ragged_groups(32)
     step_sampler = sampler(groups, batch_size=32, budget=150, world=2)
+    step_sampler.cost = Cost(groups, shared=shared)
     for rank in step_sampler.micro_batches(step_sampler.steps(0)[0]):
         for micro in rank:
             if len(micro.responses) > 1:
-                assert len(micro.responses) * step_sampler.lengths[list(micro.responses)].max() <= 150
+                assert step_sampler.cost.of(list(micro.responses)) <= 150
+
+
+def test_what_a_step_computes_is_counted() -> None:
+    rows = [(10, [3, 4]), (6, [1, 2, 2])]
+    lists = [
+        {"prompt_ids": [1] * p, "response_ids": [[2] * r for r in rs], "rewards": [0.5] * len(rs)} for p, rs in rows
+    ]
+    groups = Groups.from_lists(lists)
+    two = sampler(groups, batch_size=2, world=2)
+    two.cost = Cost(groups, shared=True)
+    (first, *_), _ = two.micro_batches(two.steps(0)[0])
+    # 10 + 7 on one rank, 6 + 5 on the other; one batch of five rows would be as wide as the longest, 14
+    assert first.step == (5, 12, 28, 28, 5 * 14, 17 * 2 / 28)
 
 
 def test_iterating_gives_this_ranks_part_of_the_set_epoch() -> None:

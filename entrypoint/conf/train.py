@@ -29,8 +29,14 @@ class Train:
         "Recompute activations in the backward pass: less memory, about a third more time. auto: on CUDA.",
         choices=("auto", "always", "never"),
     )
+    share_prompts: str = key(
+        "auto",
+        "Compute a prompt once for all of its responses in a forward pass: less time and memory, the same numbers. "
+        "auto: where the model allows it and a check at the start agrees; always: else end with 64.",
+        choices=("auto", "always", "never"),
+    )
     micro_batch_tokens: int = key(
-        8192, "Padded tokens of one forward pass on one rank: memory, never the maths.", minimum=1
+        8192, "Tokens that one forward pass on one rank computes: memory, never the maths.", minimum=1
     )
     logging_steps: int = key(10, "Steps between two lines of metrics, each their mean.", minimum=1)
     eval_steps: int = key(100, "Steps between two held-out evaluations; one before and one after always.", minimum=1)

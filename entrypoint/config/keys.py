@@ -115,6 +115,7 @@ FREE = (
     "train.logging_steps",
     "train.micro_batch_tokens",
     "train.sharding",
+    "train.share_prompts",
 )
 
 

@@ -40,6 +40,11 @@ class Units:
         """Flat indices of the unit's responses."""
         return self.responses[self.starts[unit] : self.starts[unit + 1]]
 
+    def atoms(self, unit: int) -> list[list[int]]:
+        """The unit's responses, those together that must be computed together."""
+        responses = self.of(unit).tolist()
+        return [responses[i : i + self.atom] for i in range(0, len(responses), self.atom)]
+
 
 def group_units(groups: Groups) -> Units:
     """One unit a group."""
@@ -54,15 +59,76 @@ def pair_units(groups: Groups, pairs: Pairs) -> Units:
     return Units(pairs.group, responses, 2 * np.arange(len(pairs.group) + 1), atom=2)
 
 
-class MicroBatch(NamedTuple):
-    """One forward pass of one rank; `responses` is empty where the rank has nothing left to do in this step.
+class Step(NamedTuple):
+    """What a whole optimiser step holds over all ranks.
 
-    step_sequences, step_tokens: what the whole step holds over all ranks: atoms, and response tokens.
+    sequences: atoms, which the loss is a mean over (or `tokens`: response tokens).
+    computed: tokens that the ranks' forwards see; distinct: those that differ, each prompt once; stock: what one
+        padded batch of all its rows would have.
+    imbalance: the most loaded rank's tokens over the mean rank's.
     """
 
+    sequences: int
+    tokens: int
+    computed: int
+    distinct: int
+    stock: int
+    imbalance: float
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one rank; `responses` is empty where the rank has nothing left to do in this step."""
+
     responses: tuple[int, ...]
-    step_sequences: int
-    step_tokens: int
+    step: Step
+
+
+class Cost:
+    """Tokens that a forward pass computes, which is what memory and time go by.
+
+    Attributes:
+        shared: each prompt is computed once for all of its responses in a batch; otherwise every response brings its
+            own, and rows are padded to the longest.
+    """
+
+    def __init__(self, groups: Groups, *, shared: bool) -> None:
+        self.shared = shared
+        self.group = np.repeat(np.arange(len(groups)), groups.sizes)
+        self.prompt = np.repeat(groups.prompt_lengths, groups.sizes)
+        self.response = groups.response_lengths
+        self.row = self.prompt + self.response
+
+    def distinct(self, responses: list[int]) -> int:
+        """Tokens of these responses and of their prompts, each once."""
+        once = np.unique(responses)
+        first = np.unique(self.group[once], return_index=True)[1]
+        return int(self.response[once].sum() + self.prompt[once][first].sum())
+
+    def of(self, responses: list[int]) -> int:
+        """What one forward pass over `responses` computes."""
+        return self.distinct(responses) if self.shared else len(responses) * int(self.row[responses].max(initial=0))
+
+    def pack(self, atoms: list[list[int]], budget: int) -> list[list[int]]:
+        """Atoms in their order, cut into batches of at most `budget` tokens; an atom over it is alone.
+
+        Responses of one group must be neighbours for their prompt to be shared.
+        """
+        batches: list[list[int]] = []
+        rows, longest, distinct, seen = 0, 0, 0, set[int]()
+        for atom in atoms:
+            rows, longest = rows + len(atom), max(longest, *(int(self.row[r]) for r in atom))
+            fresh = set(atom) - seen
+            known = batches and self.group[batches[-1][-1]] == self.group[atom[0]]
+            distinct += sum(int(self.response[r]) for r in fresh) + (0 if known else int(self.prompt[atom[0]]))
+            if batches and (distinct if self.shared else rows * longest) <= budget:
+                batches[-1] += atom
+                seen |= fresh
+            else:
+                batches.append(list(atom))
+                seen = set(atom)
+                rows, longest = len(atom), max(int(self.row[r]) for r in atom)
+                distinct = sum(int(self.response[r]) for r in seen) + int(self.prompt[atom[0]])
+        return batches
 
 
 class StepSampler:
@@ -70,12 +136,15 @@ class StepSampler:
 
     The order of an epoch depends on (seed, epoch) alone: groups are shuffled, a group's pairs stay neighbours, and
     the sequence of units is cut every `batch_size`. The smaller last batch of an epoch is kept.
+
+    Attributes:
+        budget: tokens of one micro-batch, as `cost` counts them.
+        cost: what a micro-batch costs; both may be set until the first step.
     """
 
     def __init__(
         self, groups: Groups, units: Units, *, batch_size: int, seed: int, budget: int, rank: int, world_size: int
     ) -> None:
-        """`budget`: padded tokens of one micro-batch (rows x longest row)."""
         self.units = units
         self.batch_size = batch_size
         self.seed = seed
@@ -83,8 +152,7 @@ class StepSampler:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.response_lengths = groups.response_lengths
-        self.lengths = np.repeat(groups.prompt_lengths, groups.sizes) + groups.response_lengths
+        self.cost = Cost(groups, shared=False)
 
     @property
     def batch_sampler(self) -> StepSampler:
@@ -117,24 +185,32 @@ class StepSampler:
 
     def micro_batches(self, step: Int64) -> list[list[MicroBatch]]:
         """Each rank's micro-batches of a step; every rank has equally many, since FSDP's forwards are collectives."""
-        responses = np.concatenate([self.units.of(int(unit)) for unit in step])
-        sequences = len(responses) // self.units.atom
-        tokens = int(self.response_lengths[responses].sum())
-        costs = [int(self.lengths[self.units.of(int(unit))].sum()) for unit in step]
-        dealt = deal(costs, self.world_size)
-        cuts = [self._cut([self.units.of(int(step[i])) for i in mine]) for mine in dealt]
+        bundles = self._bundles(step)
+        dealt = deal([self._load(bundle) for bundle in bundles], self.world_size)
+        cuts = [self.cost.pack([atom for i in mine for atom in bundles[i]], self.budget) for mine in dealt]
+        loads = [sum(self.cost.of(batch) for batch in cut) for cut in cuts]
+        responses = [r for bundle in bundles for atom in bundle for r in atom]
+        whole = Step(
+            sequences=len(responses) // self.units.atom,
+            tokens=int(self.cost.response[responses].sum()),
+            computed=sum(loads),
+            distinct=self.cost.distinct(responses),
+            stock=len(responses) * int(self.cost.row[responses].max()),
+            imbalance=max(loads) * self.world_size / sum(loads),
+        )
         rounds = max(len(cut) for cut in cuts)
-        return [
-            [MicroBatch(tuple(cut[i]) if i < len(cut) else (), sequences, tokens) for i in range(rounds)]
-            for cut in cuts
-        ]
+        return [[MicroBatch(tuple(cut[i]) if i < len(cut) else (), whole) for i in range(rounds)] for cut in cuts]
 
-    def _cut(self, units: list[Int64]) -> list[list[int]]:
-        """A rank's units, longest first, cut where rows x longest row would exceed the budget."""
-        atom = self.units.atom
-        units = sorted(units, key=lambda unit: -int(self.lengths[unit].max()))
-        atoms = [unit[i : i + atom] for unit in units for i in range(0, len(unit), atom)]
-        return pack([[int(r) for r in one] for one in atoms], self.lengths, self.budget)
+    def _bundles(self, step: Int64) -> list[list[list[int]]]:
+        """The atoms of a step by group, which are computed on one rank; those with the longest rows first."""
+        bundles: dict[int, list[list[int]]] = {}
+        for unit in step.tolist():
+            bundles.setdefault(int(self.units.group[unit]), []).extend(self.units.atoms(unit))
+        return sorted(bundles.values(), key=lambda atoms: -max(int(self.cost.row[atom].max()) for atom in atoms))
+
+    def _load(self, bundle: list[list[int]]) -> int:
+        responses = [r for atom in bundle for r in atom]
+        return self.cost.distinct(responses) if self.cost.shared else int(self.cost.row[responses].sum())
 
 
 def deal(costs: list[int], ranks: int) -> list[list[int]]:
@@ -146,18 +222,3 @@ def deal(costs: list[int], ranks: int) -> list[list[int]]:
         shares[rank].append(i)
         heapq.heappush(heap, (load + costs[i], rank))
     return shares
-
-
-def pack(atoms: list[list[int]], lengths: Int64, budget: int) -> list[list[int]]:
-    """Atoms in their order, cut into batches of at most `budget` padded tokens; an atom over it is alone."""
-    batches: list[list[int]] = []
-    width = 0
-    for atom in atoms:
-        longest = max(int(lengths[response]) for response in atom)
-        if batches and (len(batches[-1]) + len(atom)) * max(width, longest) <= budget:
-            batches[-1] += atom
-            width = max(width, longest)
-        else:
-            batches.append(list(atom))
-            width = longest
-    return batches

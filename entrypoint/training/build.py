@@ -16,6 +16,8 @@ from entrypoint.conf import Checkpoint, Data, Dpo, Grpo, Lora, Run, Train
 from entrypoint.data.groups import Groups
 from entrypoint.data.pairs import pairs_of
 from entrypoint.errors import ConfigError, DataError
+from entrypoint.sharing.forward import SharedPrompts
+from entrypoint.sharing.support import unsupported
 from entrypoint.training.batches import StepSampler, Units, group_units, pair_units
 from entrypoint.training.dpo import DpoRows, LoggedDpo
 from entrypoint.training.grpo import GrpoRows, LoggedGrpo
@@ -91,7 +93,8 @@ def build_trainer(
     """The method's trainer, not yet fed, and the rows it is to be fed with.
 
     Raises:
-        ConfigError: train.sharding=fsdp where weights can't be sharded.
+        ConfigError: train.sharding=fsdp where weights can't be sharded; train.share_prompts=always where prompts
+            can't be shared.
     """
     pad = pad_id(tokenizer)
     common = {
@@ -116,9 +119,26 @@ def build_trainer(
         trainer = LoggedDpo(args=dpo, **common)
         rows = DpoRows(groups, reference, pad=pad)
     trainer.remove_callback(PrinterCallback)  # the tracker writes the log
+    trainer.shared = share(run.train.share_prompts, trainer)
     if arguments["fsdp"]:
         _shard_exactly(trainer, bf16=arguments["bf16"])
     return trainer, rows
+
+
+def share(wish: str, trainer: LoggedGrpo | LoggedDpo) -> SharedPrompts | None:
+    """Lay shared prompts over the trainer's model, below DDP, FSDP and an adapter; None where they are not used."""
+    if wish == "never":
+        return None
+    model: Any = trainer.model
+    peft_config = getattr(model, "active_peft_config", None)
+    bare = model.get_base_model() if peft_config else model
+    why = unsupported(bare, peft_config)
+    if why is None:
+        return SharedPrompts(bare)
+    if wish == "always":
+        raise ConfigError(f"train.share_prompts: always, but prompts can't be shared in this model: {why}; write auto")
+    trainer.accelerator.print(f"entrypoint: warning: prompts are not shared: {why}")
+    return None
 
 
 def _shard_exactly(trainer: LoggedGrpo | LoggedDpo, *, bf16: bool) -> None:

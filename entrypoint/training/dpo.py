@@ -41,7 +41,7 @@ class DpoRows(Rows):
             "ref_rejected_logps": torch.tensor(sums[pairs:], dtype=torch.float32),
             "weights": {
                 "pairs": float(len(order) // 2),
-                "step_pairs": float(micro.step_sequences),
+                "step_pairs": float(micro.step.sequences),
                 "chosen_tokens": float(sum(lengths[:pairs])),
                 "rejected_tokens": float(sum(lengths[pairs:])),
             },

@@ -11,8 +11,7 @@ from entrypoint.conf import Data, Dpo
 from entrypoint.data.groups import Float64, Groups, Int64
 from entrypoint.data.pairs import Pairs, pairs_of
 from entrypoint.training.reference import ReferenceLogProbs
-from entrypoint.training.scoring import Forward, log_probs
-from entrypoint.world import World
+from entrypoint.training.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,8 @@ def held_out(groups: Groups, data: Data, *, limit: int) -> HeldOut:
     return HeldOut(groups, chosen, rejected, np.unique(np.concatenate([chosen, rejected])))
 
 
-def evaluate(
-    forward: Forward,
-    held: HeldOut,
-    reference: ReferenceLogProbs,
-    *,
-    beta: float,
-    pad: int,
-    budget: int,
-    device: torch.device,
-    world: World,
-) -> dict[str, float]:
-    """Metrics of the policy `forward` on the held-out pairs; the same on every rank.
+def evaluate(scorer: Scorer, held: HeldOut, reference: ReferenceLogProbs, *, beta: float) -> dict[str, float]:
+    """Metrics of the policy that `scorer` has on the held-out pairs; the same on every rank.
 
     accuracy: share of pairs whose chosen response has the higher log-prob a token (ties count half).
     margin: mean of that difference, nats a token.
@@ -73,14 +62,13 @@ def evaluate(
     """
     sums = torch.zeros(len(held.responses), 3, dtype=torch.float64)  # log-prob, KL, log-prob of the reference
     place = {int(response): i for i, response in enumerate(held.responses)}
-    scored = log_probs(forward, held.groups, held.responses, pad=pad, budget=budget, device=device, world=world)
-    for response, policy in scored:
+    for response, policy in scorer.log_probs(held.groups, held.responses):
         base = reference[response].astype(np.float64)
         log_ratio = policy.astype(np.float64) - base
         kl = 1 - np.exp(log_ratio) + np.exp(log_ratio) * log_ratio
         sums[place[response]] = torch.tensor([policy.sum(dtype=np.float64), kl.sum(), base.sum()])
     # Each response was scored by one rank and is zero on the others: the sum is the whole table, on every rank.
-    table = world.sum(sums.to(device)).cpu().numpy()
+    table = scorer.world.sum(sums.to(scorer.device)).cpu().numpy()
     return _metrics(held, table, beta)
 
 

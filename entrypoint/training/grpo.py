@@ -71,8 +71,8 @@ class GrpoRows(Rows):
             "weights": {
                 "sequences": float(len(responses)),
                 "tokens": float(tokens if len(responses) else 0),
-                "step_sequences": float(micro.step_sequences),
-                "step_tokens": float(micro.step_tokens),
+                "step_sequences": float(micro.step.sequences),
+                "step_tokens": float(micro.step.tokens),
             },
         }
 

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from entrypoint.data.groups import Float32, Groups, Int64
-from entrypoint.training.scoring import Forward, log_probs
-from entrypoint.world import World
+from entrypoint.training.scoring import Scorer
 
 SCHEMA = pa.schema([("response", pa.int64()), ("log_probs", pa.list_(pa.float32()))])
 BLOCK = 4096  # responses a rank scores between two files: what a crash in this pass can cost
@@ -59,24 +57,15 @@ class ReferenceLogProbs:
         """Those of `responses` that no part holds, ascending."""
         return np.setdiff1d(responses, self._known)
 
-    def compute(
-        self,
-        forward: Forward,
-        groups: Groups,
-        responses: Int64,
-        *,
-        pad: int,
-        budget: int,
-        device: torch.device,
-        world: World,
-    ) -> int:
+    def compute(self, scorer: Scorer, groups: Groups, responses: Int64) -> int:
         """Score what is missing of `responses` with the base model; returns how many that were."""
+        world = scorer.world
         # Rank 0's listing for all: another run may be adding parts, and ranks must agree on what is missing.
         self.refresh(world.once(self._names))
         missing = self.missing(responses)
         for start in range(0, len(missing), BLOCK * world.size):
             block = missing[start : start + BLOCK * world.size]
-            scored = list(log_probs(forward, groups, block, pad=pad, budget=budget, device=device, world=world))
+            scored = list(scorer.log_probs(groups, block))
             if scored:
                 self._write(scored)
             world.barrier()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from entrypoint.data.groups import Float32, Groups, Int32, Int64
-from entrypoint.training.batches import deal, pack
+from entrypoint.training.batches import Cost, deal
 from entrypoint.world import World
 
 Forward = Callable[..., Any]  # a model with TRL's fused head: (input_ids, attention_mask, labels) -> log_probs
@@ -51,30 +52,49 @@ def collate(pairs: list[tuple[Int32, Int32]], pad: int) -> dict[str, torch.Tenso
     }
 
 
-@torch.no_grad()
-def log_probs(
-    forward: Forward, groups: Groups, responses: Int64, *, pad: int, budget: int, device: torch.device, world: World
-) -> Iterator[tuple[int, Float32]]:
-    """This rank's share of `responses` with their log-probs, as (flat index, nats of each token (R,)).
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores responses, on every rank of `world` together.
 
-    Every rank must consume its iterator to the end and be given the same responses: each makes equally many forward
-    calls, since under FSDP a forward is a collective.
+    Attributes:
+        shared: whether the forward computes each prompt of a call once.
+        budget: tokens of one forward call, as `Cost` counts them.
     """
-    lengths = np.repeat(groups.prompt_lengths, groups.sizes) + groups.response_lengths
-    shares = deal([int(lengths[r]) for r in responses], world.size)
-    # Longest first within a rank (deal's own order), so that rows of a batch are of like length.
-    batches = [pack([[int(responses[i])] for i in share], lengths, budget) for share in shares]
-    rounds = max(len(batch) for batch in batches)
-    for i in range(rounds):
-        mine = batches[world.rank][i] if i < len(batches[world.rank]) else []
-        rows = sequences(groups, np.array(mine, np.int64)) if mine else [EMPTY]
-        batch = {name: value.to(device) for name, value in collate(rows, pad).items()}
-        labels = batch["input_ids"].masked_fill(batch["response_mask"] == 0, -100)
-        out = forward(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-        )
-        scored = out.log_probs.float().cpu().numpy()
-        for k, response in enumerate(mine):
-            prompt, answer = rows[k]
-            start = len(prompt) - 1  # position t predicts token t + 1
-            yield response, scored[k, start : start + len(answer)].astype(np.float32)
+
+    forward: Forward
+    pad: int
+    shared: bool
+    budget: int
+    device: torch.device
+    world: World
+
+    @torch.no_grad()
+    def log_probs(self, groups: Groups, responses: Int64) -> Iterator[tuple[int, Float32]]:
+        """This rank's share of `responses` (ascending) with their log-probs: (flat index, nats of each token (R,)).
+
+        Every rank must consume its iterator to the end and be given the same responses: each makes equally many
+        forward calls, since under FSDP a forward is a collective.
+        """
+        for mine in self._batches(groups, responses):
+            rows = sequences(groups, np.array(mine, np.int64)) if mine else [EMPTY]
+            batch = {name: value.to(self.device) for name, value in collate(rows, self.pad).items()}
+            labels = batch["input_ids"].masked_fill(batch["response_mask"] == 0, -100)
+            out = self.forward(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+            )
+            scored = out.log_probs.float().cpu().numpy()
+            for k, response in enumerate(mine):
+                prompt, answer = rows[k]
+                start = len(prompt) - 1  # position t predicts token t + 1
+                yield response, scored[k, start : start + len(answer)].astype(np.float32)
+
+    def _batches(self, groups: Groups, responses: Int64) -> list[list[int]]:
+        """This rank's forward calls; empty ones where another rank has more."""
+        cost = Cost(groups, shared=self.shared)
+        cuts = np.flatnonzero(np.diff(cost.group[responses])) + 1
+        bundles = [bundle.tolist() for bundle in np.split(responses, cuts) if len(bundle)]
+        shares = deal([cost.distinct(bundle) for bundle in bundles], self.world.size)
+        # Longest first within a rank (deal's own order), so that rows of a batch are of like length.
+        batches = [cost.pack([[r] for i in share for r in bundles[i]], self.budget) for share in shares]
+        mine = batches[self.world.rank]
+        return mine + [[]] * (max(map(len, batches)) - len(mine))

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from entrypoint.errors import DivergedError
+from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.training.batches import MicroBatch, StepSampler
 from entrypoint.training.checkpoint import Checkpoints
 
@@ -25,7 +26,13 @@ Micro = dict[str, Any]  # tensors of one forward call, and under "weights" its s
 
 
 class WholeBatch:
-    """Mixin over `GRPOTrainer` and `DPOTrainer`; `feed` must be called before `train`."""
+    """Mixin over `GRPOTrainer` and `DPOTrainer`; `feed` must be called before `train`.
+
+    Attributes:
+        shared: what lets the model compute a prompt once for all of its responses, where that is used.
+    """
+
+    shared: SharedPrompts | None = None
 
     def feed(
         self,

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrypoint.conf import Checkpoint, Dpo, DpoTrain, Grpo, GrpoTrain, Lora, Model, Run
 from entrypoint.data.groups import Groups
+from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, build_trainer, plan
 from entrypoint.training.checkpoint import Checkpoints
 from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.training.scoring import Scorer
 from entrypoint.world import World
 
 ALONE = World(rank=0, size=1, store=None)
@@ -41,22 +43,22 @@ def make_trainer(
     known = reference or ReferenceLogProbs(folder / "reference")
     trainer: Any
     trainer, rows = build_trainer(run, model, tokenizer, groups, known, steps=steps.steps, callbacks=[])
+    steps.sampler.cost = Cost(groups, shared=trainer.shared is not None)
 
     def before(prepared: Any) -> None:
         if reference is None:
-            known.compute(
-                trainer.accelerator.unwrap_model(prepared),
-                groups,
-                steps.sampler.visited(steps.steps),
-                pad=0,
-                budget=run.train.micro_batch_tokens,
-                device=trainer.args.device,
-                world=world,
-            )
+            forward = trainer.accelerator.unwrap_model(prepared)
+            scoring = scorer(forward, budget=steps.sampler.budget, world=world, shared=steps.sampler.cost.shared)
+            known.compute(scoring, groups, steps.sampler.visited(steps.steps))
 
     checkpoints = Checkpoints(folder, keep=5, fingerprint={"run": "test"}, world=world)
     trainer.feed(steps.sampler, rows, checkpoints=checkpoints, before_first_step=before)
     return trainer, steps
+
+
+def scorer(forward: Any, *, budget: int, world: World = ALONE, shared: bool = False) -> Scorer:
+    """`forward` as it scores on the CPU."""
+    return Scorer(forward, pad=0, shared=shared, budget=budget, device=torch.device("cpu"), world=world)
 
 
 class GivenReference(dict[int, Any]):

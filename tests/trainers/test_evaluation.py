@@ -14,7 +14,7 @@ from entrypoint.conf import Data
 from entrypoint.data.groups import Groups
 from entrypoint.training.evaluation import evaluate, held_out
 from entrypoint.world import World
-from tests.trainers.builders import ALONE, GivenReference
+from tests.trainers.builders import ALONE, GivenReference, scorer
 
 GROUPS = [
     {"prompt_ids": [1, 2], "response_ids": [[3, 4], [5, 6, 7, 8]], "rewards": [0.9, 0.1]},
@@ -32,7 +32,7 @@ def forward(**inputs: Any) -> Any:
 
 def metrics(groups: Groups, reference: Any, *, budget: int = 100, world: World = ALONE) -> dict[str, float]:
     held = held_out(groups, Data(path=""), limit=10)
-    return evaluate(forward, held, reference, beta=0.5, pad=0, budget=budget, device=torch.device("cpu"), world=world)
+    return evaluate(scorer(forward, budget=budget, world=world), held, reference, beta=0.5)
 
 
 def test_by_hand() -> None:

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from entrypoint.data.groups import Groups
 from entrypoint.training import reference as reference_module
 from entrypoint.training.reference import ReferenceLogProbs
-from tests.trainers.builders import ALONE
+from tests.trainers.builders import scorer
 from tests.trainers.sample_groups import ragged_groups
 
 
@@ -26,9 +26,7 @@ def model(tiny: Path) -> Any:
 
 
 def compute(reference: ReferenceLogProbs, forward: Any, groups: Groups, responses: Any, *, budget: int = 100) -> int:
-    return reference.compute(
-        forward, groups, np.asarray(responses), pad=0, budget=budget, device=torch.device("cpu"), world=ALONE
-    )
+    return reference.compute(scorer(forward, budget=budget), groups, np.asarray(responses))
 
 
 def test_they_are_the_plain_models_log_softmax(model: Any, tmp_path: Path) -> None:
