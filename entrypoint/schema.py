@@ -86,6 +86,9 @@ def _key(key: Key) -> dict[str, Any]:
     found |= {word: getattr(key, bound) for bound, word in BOUNDS.items() if getattr(key, bound) is not None}
     if key.kind == "int":
         found.setdefault("maximum", INT_MAX)
+    if key.word is not None:
+        about = found.pop("description")
+        found = {"description": about, "anyOf": [found, {"const": key.word}]}
     if not key.required:
         found["default"] = key.default
     return found

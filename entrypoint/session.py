@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from entrypoint.conf import Grpo, Run
 from entrypoint.data.groups import Float32, Groups, Int64
@@ -23,8 +24,9 @@ from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, compute_dtype
 from entrypoint.training.course import Course
 from entrypoint.training.evaluation import HeldOut, evaluate
+from entrypoint.training.memory import find_budget
 from entrypoint.training.reference import ReferenceLogProbs
-from entrypoint.training.scoring import Scorer
+from entrypoint.training.scoring import Scorer, inputs, sequences
 from entrypoint.world import World
 
 BEFORE = "before.json"  # the base model's metrics: a resumed run can't measure them again
@@ -55,6 +57,8 @@ class Session:
         A restart finds both on disk.
         """
         self._share_prompts(model)
+        if self.run.train.micro_batch_tokens == "auto":
+            self._find_budget(model)
         train, needed = self.loaded.traces.train, self.plan.sampler.visited(self.plan.steps)
         for reference, groups, responses in (
             (self.reference, train, needed),
@@ -110,6 +114,29 @@ class Session:
         if train.share_prompts == "always":
             raise ConfigError(f"train.share_prompts: always, but this model computes something else then: {why}")
         self.world.warn(f"prompts are not shared: {why}")
+
+    def _find_budget(self, model: nn.Module) -> None:
+        """Micro-batches as large as the device takes."""
+        groups, device = self.loaded.traces.train, self.trainer.args.device
+        bare = self.trainer.accelerator.unwrap_model(model)
+        trained = [p for p in bare.parameters() if p.requires_grad]
+
+        def compute(responses: list[int]) -> None:
+            bare.train()  # activations are recomputed in training alone
+            with self.trainer.accelerator.autocast():
+                out = bare(**inputs(sequences(groups, np.array(responses)), self.pad, device))
+            out.log_probs.sum().backward()
+            bare.zero_grad(set_to_none=True)
+
+        self.plan.sampler.budget = find_budget(
+            compute,
+            self.plan.sampler,
+            groups,
+            parameters=sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained),
+            device=device,
+            world=self.world,
+            folder=self.loaded.checkpoints.folder,
+        )
 
     def _fill(self, reference: ReferenceLogProbs, groups: Groups, responses: Int64, model: nn.Module) -> None:
         with self._scoring(model, self.world) as scorer:

@@ -128,6 +128,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def most(self, value: float) -> float:
+        """The greatest of the ranks' values."""
+        greatest = torch.tensor(value, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        return float(greatest)
+
 
 @contextmanager
 def joined(collective_timeout: int) -> Iterator[World]:

@@ -326,7 +326,7 @@ def test_what_makes_a_run_this_run() -> None:
         "tracking.mlflow_uri", "tracking.experiment", "tracking.run_name", "tracking.registered_model",
         "data.cache_path", "data.endpoint_url", "model.cache_path",
         "train.collective_timeout", "train.eval_pairs", "train.eval_steps", "train.gradient_checkpointing",
-        "train.logging_steps", "train.micro_batch_tokens", "train.sharding",
+        "train.logging_steps", "train.micro_batch_tokens", "train.share_prompts", "train.sharding",
     }  # fmt: skip
     assert fingerprint_keys(run)["method.kl_coeff"] == 0.1
     assert fingerprint_keys(run)["model.lora.rank"] == 16

@@ -19,6 +19,7 @@ def key(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    word: str | None = None,
 ) -> Any:
     """One key of the run file.
 
@@ -28,6 +29,7 @@ def key(
         choices: the only values a string key can have.
         minimum, maximum: inclusive bounds.
         above, below: exclusive bounds.
+        word: what a number may be instead.
     """
     metadata = {
         "doc": doc,
@@ -36,6 +38,7 @@ def key(
         "maximum": maximum,
         "above": above,
         "below": below,
+        "word": word,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

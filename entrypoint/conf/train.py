@@ -35,8 +35,12 @@ class Train:
         "auto: where the model allows it and a check at the start agrees; always: else end with 64.",
         choices=("auto", "always", "never"),
     )
-    micro_batch_tokens: int = key(
-        8192, "Tokens that one forward pass on one rank computes: memory, never the maths.", minimum=1
+    micro_batch_tokens: int | str = key(
+        "auto",
+        "Tokens that one forward pass on one rank computes: memory, never the maths. auto: the most that fit the "
+        "device, tried before the first step.",
+        minimum=1,
+        word="auto",
     )
     logging_steps: int = key(10, "Steps between two lines of metrics, each their mean.", minimum=1)
     eval_steps: int = key(100, "Steps between two held-out evaluations; one before and one after always.", minimum=1)

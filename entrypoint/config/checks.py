@@ -202,7 +202,7 @@ def _check_train(train: Train, warn: Callable[[str], None]) -> None:
         )
     if train.learning_rate >= 1e-3:
         warn(f"train.learning_rate={train.learning_rate} is far above what preference tuning bears (1e-7 to 1e-4)")
-    if train.micro_batch_tokens < train.max_length:
+    if isinstance(train.micro_batch_tokens, int) and train.micro_batch_tokens < train.max_length:
         warn(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is less than train.max_length={train.max_length}: "
             "the longest rows need more memory than the budget says"

@@ -31,6 +31,7 @@ class Key:
     maximum: float | None
     above: float | None
     below: float | None
+    word: str | None
 
     @property
     def required(self) -> bool:
@@ -82,6 +83,8 @@ def keys(method: str) -> Mapping[str, Key]:
 def _key(name: str, hint: Any, item: Field[Any]) -> Key:
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kinds = [option for option in options if option is not type(None)]
+    if item.metadata["word"] is not None:
+        kinds.remove(str)
     kind = "paths" if len(kinds) > 1 else "texts" if kinds[0] == list[str] else kinds[0].__name__
     default = item.default if item.default_factory is MISSING else item.default_factory()
     return Key(name, kind, type(None) in options, default, **item.metadata)

@@ -44,6 +44,8 @@ def read_value(key: Key, value: Any) -> Any:
     """
     if value is None and key.optional:
         return None
+    if key.word is not None and value == key.word:
+        return value
     if key.kind == "bool":
         return value if isinstance(value, bool) else _refuse(key, value)
     if key.kind in ("int", "float"):
@@ -71,6 +73,7 @@ def expected(key: Key) -> str:
         f"{' and' if at else ''} {sign} {bound:.15g}"
         for at, (sign, bound) in enumerate(pair for pair in bounds if pair[1] is not None)
     )
+    words += f" or {key.word}" if key.word else ""
     return f"{words} or null" if key.optional else words
 
 

@@ -58,43 +58,45 @@ class Layout:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Row `number` of the batch: the column where it starts, and those of its scored positions."""
+
+    number: int
+    start: int
+    scored: Ints
+
+
 @dataclass
-class _Group:
-    """Rows with one prompt: its tokens and positions, and each row's own part."""
+class _Part:
+    """Distinct tokens, their positions, the rows that have them, and what follows them there: a prompt's responses."""
 
     ids: Ints
     positions: Ints
     rows: list[_Row] = field(default_factory=list)
+    followers: _Parts = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What follows the prompt in row `number`: tokens, positions, and the scored positions by column."""
-
-    number: int
-    columns: Ints
-    ids: Ints
-    positions: Ints
-    scored: Ints
+_Parts = dict[tuple[bytes, bytes], _Part]
 
 
 def lay_out(input_ids: Any, attention_mask: Any, labels: Any, *, whole: bool = False) -> Layout | None:
     """The packed row of a batch; None where it has no scored position, or one on a token that is masked.
 
-    A row's prompt ends with the token that predicts its first label. Tokens after a row's last scored position
-    change nothing and are left out.
+    A row's prompt ends with the token that predicts its first label; rows with one prompt share it, and those with the
+    same response too. Tokens after a row's last scored position change nothing and are left out.
 
     Args:
         input_ids, attention_mask, labels: (B, L); labels -100 where nothing is scored, not shifted; the mask may be
             None, and padding may stand anywhere.
-        whole: keep tokens that change no score too: an MoE router's auxiliary loss counts them.
+        whole: keep tokens that change no score too: for what counts them, or goes by a row's length.
     """
     ids, marks = _array(input_ids), _array(labels)
     attended = np.ones(ids.shape, bool) if attention_mask is None else _array(attention_mask) != 0
     scored = marks[:, 1:] != -100
     if not scored.any() or (scored & ~attended[:, :-1]).any():
         return None
-    groups: dict[tuple[bytes, bytes], _Group] = {}
+    prompts: _Parts = {}
     for number in range(len(ids)):
         columns = np.flatnonzero(attended[number])
         wanted = np.flatnonzero(scored[number])
@@ -103,47 +105,47 @@ def lay_out(input_ids: Any, attention_mask: Any, labels: Any, *, whole: bool = F
         first = wanted[0] if len(wanted) else columns[-1]
         if not whole:
             columns = columns[columns <= wanted[-1]]
-        prompt = columns[columns <= first]
-        key = (ids[number, prompt].tobytes(), (prompt - columns[0]).tobytes())
-        group = groups.setdefault(key, _Group(ids[number, prompt], prompt - columns[0]))
-        rest = columns[columns > first]
-        group.rows.append(_Row(number, rest, ids[number, rest], rest - columns[0], wanted))
-    return _packed(list(groups.values()), marks, ids.size)
+        row = _Row(number, int(columns[0]), wanted)
+        parts = prompts
+        for span in (columns[columns <= first], columns[columns > first]):
+            tokens, positions = ids[number, span], span - row.start
+            part = parts.setdefault((tokens.tobytes(), positions.tobytes()), _Part(tokens, positions))
+            part.rows.append(row)
+            parts = part.followers
+    return _packed(prompts, marks, ids.size)
 
 
-def _packed(groups: list[_Group], marks: Ints, padded: int) -> Layout:
-    parts: dict[str, list[Ints]] = {name: [] for name in ("ids", "positions", "own", "prompt", "counts")}
+def _packed(prompts: _Parts, marks: Ints, padded: int) -> Layout:
+    arrays: dict[str, list[Ints]] = {name: [] for name in ("ids", "positions", "own", "prompt", "counts")}
     scored, labels, place, segments = [], [], [], []
-    at = part = 0
+    at = number = 0
     width = marks.shape[1] - 1
 
-    def add(ids: Ints, positions: Ints, prompt: int, count: int) -> None:
-        nonlocal at, part
-        parts["ids"].append(ids)
-        parts["positions"].append(positions)
-        for name, value in (("own", part), ("prompt", prompt), ("counts", count)):
-            parts[name].append(np.full(len(ids), value))
-        at, part = at + len(ids), part + 1
+    def add(part: _Part, prompt: int) -> None:
+        nonlocal at, number
+        arrays["ids"].append(part.ids)
+        arrays["positions"].append(part.positions)
+        for name, value in (("own", number), ("prompt", prompt), ("counts", len(part.rows))):
+            arrays[name].append(np.full(len(part.ids), value))
+        at, number = at + len(part.ids), number + 1
 
-    for group in groups:
-        start, prompt = at, part
-        add(group.ids, group.positions, prompt, len(group.rows))
+    for prompt in prompts.values():
+        start, own = at, number
+        add(prompt, own)
         end = at - 1  # the prompt's last token, which predicts every response's first
-        for row in group.rows:
-            before = at
-            scored.append(
-                np.where(row.scored < row.columns[0], end, before + np.searchsorted(row.columns, row.scored))
-                if len(row.columns)
-                else np.full(len(row.scored), end)
-            )
-            labels.append(marks[row.number, row.scored + 1])
-            place.append(row.number * width + row.scored)
-            if len(row.ids):
-                add(row.ids, row.positions, prompt, 1)
-        sizes = tuple(len(row.ids) for row in group.rows if len(row.ids))
-        segments.append(Segment(start, len(group.ids), sizes))
+        for response in prompt.followers.values():
+            for row in response.rows:
+                position = row.scored - row.start
+                after = at + np.searchsorted(response.positions, position)
+                scored.append(np.where(position <= prompt.positions[-1], end, after))
+                labels.append(marks[row.number, row.scored + 1])
+                place.append(row.number * width + row.scored)
+            if len(response.ids):
+                add(response, own)
+        sizes = tuple(len(response.ids) for response in prompt.followers.values() if len(response.ids))
+        segments.append(Segment(start, len(prompt.ids), sizes))
     return Layout(
-        **{name: np.concatenate(values) for name, values in parts.items()},
+        **{name: np.concatenate(values) for name, values in arrays.items()},
         scored=np.concatenate(scored),
         labels=np.concatenate(labels),
         place=np.concatenate(place),

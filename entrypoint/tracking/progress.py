@@ -20,6 +20,7 @@ SHOWN = {
     "rewards/margins": "margin",
     "grad_norm": "grad",
     "learning_rate": "lr",
+    "speed/distinct_tokens_per_second": "tokens/s",
 }
 
 

@@ -63,6 +63,7 @@ class Step(NamedTuple):
     """What a whole optimiser step holds over all ranks.
 
     sequences: atoms, which the loss is a mean over (or `tokens`: response tokens).
+    length: tokens of its mean row, prompt and response.
     computed: tokens that the ranks' forwards see; distinct: those that differ, each prompt once; stock: what one
         padded batch of all its rows would have.
     imbalance: the most loaded rank's tokens over the mean rank's.
@@ -70,6 +71,7 @@ class Step(NamedTuple):
 
     sequences: int
     tokens: int
+    length: float
     computed: int
     distinct: int
     stock: int
@@ -193,6 +195,7 @@ class StepSampler:
         whole = Step(
             sequences=len(responses) // self.units.atom,
             tokens=int(self.cost.response[responses].sum()),
+            length=float(self.cost.row[responses].mean()),
             computed=sum(loads),
             distinct=self.cost.distinct(responses),
             stock=len(responses) * int(self.cost.row[responses].max()),
@@ -200,6 +203,12 @@ class StepSampler:
         )
         rounds = max(len(cut) for cut in cuts)
         return [[MicroBatch(tuple(cut[i]) if i < len(cut) else (), whole) for i in range(rounds)] for cut in cuts]
+
+    def loads(self, step: Int64) -> list[int]:
+        """Tokens that each rank would compute in a step, were it one forward pass."""
+        bundles = self._bundles(step)
+        dealt = deal([self._load(bundle) for bundle in bundles], self.world_size)
+        return [self.cost.of([r for i in mine for atom in bundles[i] for r in atom]) for mine in dealt]
 
     def _bundles(self, step: Int64) -> list[list[list[int]]]:
         """The atoms of a step by group, which are computed on one rank; those with the longest rows first."""

@@ -18,6 +18,7 @@ from entrypoint.data.pairs import pairs_of
 from entrypoint.errors import ConfigError, DataError
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.sharing.support import unsupported
+from entrypoint.training import memory
 from entrypoint.training.batches import StepSampler, Units, group_units, pair_units
 from entrypoint.training.dpo import DpoRows, LoggedDpo
 from entrypoint.training.grpo import GrpoRows, LoggedGrpo
@@ -60,7 +61,7 @@ def plan(run: Run, groups: Groups, world: World) -> Plan:
         units,
         batch_size=train.batch_size,
         seed=train.seed,
-        budget=train.micro_batch_tokens,
+        budget=train.micro_batch_tokens if isinstance(train.micro_batch_tokens, int) else memory.FIRST,
         rank=world.rank,
         world_size=world.size,
     )

@@ -39,6 +39,7 @@ class DpoRows(Rows):
             "completion_mask": batch["response_mask"],
             "ref_chosen_logps": torch.tensor(sums[:pairs], dtype=torch.float32),
             "ref_rejected_logps": torch.tensor(sums[pairs:], dtype=torch.float32),
+            "step": micro.step,
             "weights": {
                 "pairs": float(len(order) // 2),
                 "step_pairs": float(micro.step.sequences),

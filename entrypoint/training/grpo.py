@@ -68,6 +68,7 @@ class GrpoRows(Rows):
             "old_per_token_logps": behaviour,
             # TRL divides a token sum by this over the ranks: its normaliser becomes this micro-batch's own tokens.
             "num_items_in_batch": torch.tensor(float(tokens * self.world_size)),
+            "step": micro.step,
             "weights": {
                 "sequences": float(len(responses)),
                 "tokens": float(tokens if len(responses) else 0),

@@ -52,6 +52,13 @@ def collate(pairs: list[tuple[Int32, Int32]], pad: int) -> dict[str, torch.Tenso
     }
 
 
+def inputs(rows: list[tuple[Int32, Int32]], pad: int, device: torch.device) -> dict[str, Any]:
+    """What TRL's fused head is called with to score the responses of `rows`."""
+    batch = {name: value.to(device) for name, value in collate(rows, pad).items()}
+    labels = batch["input_ids"].masked_fill(batch.pop("response_mask") == 0, -100)
+    return {**batch, "labels": labels, "fused_lm_head": True}
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A model that scores responses, on every rank of `world` together.
@@ -77,11 +84,7 @@ class Scorer:
         """
         for mine in self._batches(groups, responses):
             rows = sequences(groups, np.array(mine, np.int64)) if mine else [EMPTY]
-            batch = {name: value.to(self.device) for name, value in collate(rows, self.pad).items()}
-            labels = batch["input_ids"].masked_fill(batch["response_mask"] == 0, -100)
-            out = self.forward(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-            )
+            out = self.forward(**inputs(rows, self.pad, self.device))
             scored = out.log_probs.float().cpu().numpy()
             for k, response in enumerate(mine):
                 prompt, answer = rows[k]

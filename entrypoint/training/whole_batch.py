@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback
 
 from entrypoint.errors import DivergedError
 from entrypoint.sharing.forward import SharedPrompts
-from entrypoint.training.batches import MicroBatch, StepSampler
+from entrypoint.training.batches import MicroBatch, Step, StepSampler
 from entrypoint.training.checkpoint import Checkpoints
+from entrypoint.training.clock import Clock, throughput
 
-Micro = dict[str, Any]  # tensors of one forward call, and under "weights" its sequences and tokens
+Micro = dict[str, Any]  # tensors of one forward call; under "weights" its sequences and tokens, under "step" its `Step`
 
 
 class WholeBatch:
@@ -35,7 +37,7 @@ class WholeBatch:
     shared: SharedPrompts | None = None
 
     def feed(
-        self,
+        self: Any,
         sampler: StepSampler,
         rows: Dataset[Micro],
         *,
@@ -55,6 +57,9 @@ class WholeBatch:
         self._checkpoints = checkpoints
         self._before_first_step = before_first_step
         self._sums: dict[str, tuple[float, float]] = {}  # metric of this step: weighted sum, weight
+        self._steps: list[Step] = []  # since the last line of metrics
+        self._clock = Clock(self.args.device)
+        self.add_callback(_AfterOptimizer(self._clock))
 
     # The step ------------------------------------------------------------------------------------------------------
 
@@ -68,12 +73,20 @@ class WholeBatch:
         Under FSDP they meet at each: deferring would keep a whole unsharded gradient on every rank.
         """
         total = torch.zeros((), device=self.args.device)
+        steps = [micro.pop("step") for micro in inputs]  # the same in all of them
+        self._steps.append(steps[0])
         for i, micro in enumerate(inputs):
             last = i == len(inputs) - 1
             with nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model=model):
                 total += super().training_step(model, micro, None)  # type: ignore[misc]
+        self._clock.enter("optimizer")
         self._merge_metrics()
         return total
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a step's time begins here."""
+        self._clock.enter("data")
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self: Any, model: nn.Module, inputs: Micro, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -82,6 +95,7 @@ class WholeBatch:
 
         The ranks' gradients are averaged afterwards, by DDP as by FSDP: `num_processes` undoes it.
         """
+        self._clock.enter("forward")
         weights = inputs.pop("weights")
         outer, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         with self._local_metrics(), self.accelerator.autocast():  # as the reference is scored; TRL's DPO has none
@@ -91,6 +105,7 @@ class WholeBatch:
         found.pop("num_tokens", None)  # TRL's running count of this rank alone
         for name, values in found.items():
             self._collect(name, float(values[0]), float(self.metric_weight(name, weights)))
+        self._clock.enter("backward")
         whole: torch.Tensor = loss * (self.loss_share(weights) * self.accelerator.num_processes)
         return whole
 
@@ -156,6 +171,20 @@ class WholeBatch:
             self._metrics["train"][name].append(value)
         self.check_step(merged)
 
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with the throughput of the steps since the last line."""
+        if self._steps:
+            accelerator = self.accelerator
+            logs |= throughput(
+                self._clock.read(),
+                self._steps,
+                accelerator.unwrap_model(self.model).config.get_text_config(),
+                bf16=self.args.bf16,
+                world_size=accelerator.num_processes,
+            )
+            self._steps = []
+        super().log(logs, start_time)  # type: ignore[misc]
+
     def extremes(self) -> dict[str, int]:
         """Metrics that are the batch's greatest (1) or least (-1) value, not a mean; alike on every rank."""
         return {}
@@ -187,13 +216,25 @@ class WholeBatch:
         super()._run_epoch(**kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        self._clock.enter("checkpoint")
         self._checkpoints.save(model, self.optimizer, self.lr_scheduler, self.state)
+        self._clock.enter("other")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing before wrapping: see `_prepare_for_training`."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing is random after the start: dropout is off, and the order comes from (seed, epoch)."""
+
+
+class _AfterOptimizer(TrainerCallback):
+    """What comes between two steps is none of them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.clock.enter("other")
 
 
 class Rows(Dataset[Micro]):

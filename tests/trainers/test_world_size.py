@@ -93,7 +93,7 @@ def test_gradient_update_and_metrics_do_not_depend_on_the_world(runs: dict[str, 
     assert relative(b["weights"][-1] - b["weights"][0], a["weights"][-1] - a["weights"][0]) < 1e-3
     for x, y in zip(a["logs"], b["logs"], strict=True):
         assert x.keys() == y.keys()
-        for name in x:
+        for name in (name for name in x if not name.startswith(("tokens/", "speed/", "time/"))):
             assert y[name] == pytest.approx(x[name], rel=1e-4, abs=2e-5), f"{name} at step {x['step']}"
 
 
