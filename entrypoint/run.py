@@ -71,6 +71,7 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
         reference,
         steps=steps.steps,
         callbacks=[course],
+        warn=world.warn,
     )
     session = Session(
         run=run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ def build_trainer(
     *,
     steps: int,
     callbacks: list[TrainerCallback],
+    warn: Callable[[str], None],
 ) -> tuple[WholeBatch, Rows]:
     """The method's trainer, not yet fed, and the rows it is to be fed with.
 
@@ -120,17 +122,17 @@ def build_trainer(
         trainer = LoggedDpo(args=dpo, **common)
         rows = DpoRows(groups, reference, pad=pad)
     trainer.remove_callback(PrinterCallback)  # the tracker writes the log
-    trainer.shared = share(run.train.share_prompts, trainer)
+    trainer.shared = share_prompts(run.train.share_prompts, trainer, warn)
     if arguments["fsdp"]:
         _shard_exactly(trainer, bf16=arguments["bf16"])
     return trainer, rows
 
 
-def share(wish: str, trainer: LoggedGrpo | LoggedDpo) -> SharedPrompts | None:
+def share_prompts(wish: str, trainer: WholeBatch, warn: Callable[[str], None]) -> SharedPrompts | None:
     """Lay shared prompts over the trainer's model, below DDP, FSDP and an adapter; None where they are not used."""
     if wish == "never":
         return None
-    model: Any = trainer.model
+    model: Any = trainer.model  # type: ignore[attr-defined]
     peft_config = getattr(model, "active_peft_config", None)
     bare = model.get_base_model() if peft_config else model
     why = unsupported(bare, peft_config)
@@ -138,7 +140,7 @@ def share(wish: str, trainer: LoggedGrpo | LoggedDpo) -> SharedPrompts | None:
         return SharedPrompts(bare)
     if wish == "always":
         raise ConfigError(f"train.share_prompts: always, but prompts can't be shared in this model: {why}; write auto")
-    trainer.accelerator.print(f"entrypoint: warning: prompts are not shared: {why}")
+    warn(f"prompts are not shared: {why}")
     return None
 
 

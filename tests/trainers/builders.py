@@ -42,7 +42,7 @@ def make_trainer(
     steps = plan(run, groups, world)
     known = reference or ReferenceLogProbs(folder / "reference")
     trainer: Any
-    trainer, rows = build_trainer(run, model, tokenizer, groups, known, steps=steps.steps, callbacks=[])
+    trainer, rows = build_trainer(run, model, tokenizer, groups, known, steps=steps.steps, callbacks=[], warn=print)
     steps.sampler.cost = Cost(groups, shared=trainer.shared is not None)
 
     def before(prepared: Any) -> None:
