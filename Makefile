@@ -45,6 +45,10 @@ bench: setup ## Measure preparation at scale and the time to the first step; see
 	$(PYTHON) -m tests.bench.bench_prepare
 	$(PYTHON) -m tests.bench.bench_start
 
+.PHONY: bench-step
+bench-step: setup ## Measure an optimiser step against stock TRL's, some 40 minutes; CHECK=1 fails where a bar is missed.
+	$(PYTHON) -m tests.bench.bench_step
+
 ##@ Check
 
 .PHONY: test

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -56,7 +56,7 @@ def padding(config: PreTrainedConfig, tokens: int) -> int:
     """Tokens to add to a packed row: FlexAttention compiles anew for each length, so lengths are few."""
     if config._attn_implementation != "flex_attention":
         return 0
-    step = max(FLEX_BLOCK, 1 << max(0, tokens.bit_length() - 3))  # at most an eighth more: eight lengths an octave
+    step = max(FLEX_BLOCK, 1 << max(0, tokens.bit_length() - 4))  # at most an eighth more: eight lengths an octave
     return -tokens % step
 
 
@@ -96,8 +96,11 @@ def _dense(config: PreTrainedConfig, layout: Layout, window: Window, device: tor
 def _parts(
     config: PreTrainedConfig, layout: Layout, window: Window, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A place holder with a mask's four dimensions, which models hand on unseen, that carries the parts."""
-    carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    """A place holder with a mask's four dimensions, which models hand on unseen, that carries the parts.
+
+    It is empty: a model that looks at it, or loses the parts on the way, fails instead of attending to everything.
+    """
+    carrier = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)
     carrier.parts = Parts(layout, window, device)  # type: ignore[attr-defined]
     return carrier
 
@@ -109,34 +112,35 @@ class Parts:
         self.lengths: list[int] = []  # of the parts, in the row's order
         self.prompts: list[int | None] = []  # by part: the index of the prompt that it sees besides itself
         self.masks: list[torch.Tensor | None] = []
-        positions = torch.from_numpy(layout.positions)
+        positions = torch.from_numpy(layout.positions).to(device)
         for segment in layout.segments:
             at, end = segment.start, segment.start + segment.prompt
             alone = len(segment.responses) == 1
             if alone:  # nothing is shared: prompt and response are one causal sequence
                 end += segment.responses[0]
             first = len(self.lengths)
-            self._add(positions[at:end], positions[at:end], None, window, device)
+            self._add(positions[at:end], positions[at:end], None, window)
             for length in () if alone else segment.responses:
                 own = positions[end : end + length]
-                self._add(own, torch.cat([positions[at : at + segment.prompt], own]), first, window, device)
+                self._add(own, torch.cat([positions[at : at + segment.prompt], own]), first, window)
                 end += length
 
-    def _add(
-        self, queries: torch.Tensor, keys: torch.Tensor, prompt: int | None, window: Window, device: torch.device
-    ) -> None:
+    def _add(self, queries: torch.Tensor, keys: torch.Tensor, prompt: int | None, window: Window) -> None:
         self.lengths.append(len(queries))
         self.prompts.append(prompt)
-        see = keys[None] <= queries[:, None]
-        if window is not None:
-            see &= window(keys[None], queries[:, None])
-        causal = torch.ones_like(see).tril(len(keys) - len(queries))
-        if prompt is None and bool((see == causal).all()):
-            self.masks.append(None)
-        elif device.type == "cuda" and bool((see == causal).all()):
-            self.masks.append(causal_lower_right(len(queries), len(keys)))  # flash attention, no mask in memory
+        # Positions rise: where the last token sees the first one, every token sees all before it.
+        if window is not None and not bool(window(keys[0], queries[-1])):
+            see = (keys[None] <= queries[:, None]) & window(keys[None], queries[:, None])
+            self.masks.append(see[None, None])
         else:
-            self.masks.append(see[None, None].to(device))
+            self.masks.append(None if prompt is None else causal_mask(len(queries), len(keys), keys.device))
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """The last `queries` of `keys` tokens, each seeing all before it."""
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)  # no mask in memory: flash attention knows the pattern
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
 
 
 def install() -> None:
@@ -168,5 +172,11 @@ def _attend(
         k, v = keys[i], values[i]
         if prompt is not None:
             k, v = torch.cat([keys[prompt], k], dim=2), torch.cat([values[prompt], v], dim=2)
-        outputs.append(_plain_sdpa(module, queries[i], k, v, mask, is_causal=mask is None, **kwargs)[0])
+        if isinstance(mask, CausalBias):  # transformers would repeat keys and values for grouped queries
+            out = torch.nn.functional.scaled_dot_product_attention(
+                queries[i], k, v, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=k.shape[1] != query.shape[1]
+            )
+            outputs.append(out.transpose(1, 2))
+        else:
+            outputs.append(_plain_sdpa(module, queries[i], k, v, mask, is_causal=mask is None, **kwargs)[0])
     return torch.cat(outputs, dim=1), None

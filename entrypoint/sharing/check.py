@@ -27,8 +27,8 @@ def settle(
         plain = score()
     found = []
     for attention in shared.ways():
-        shared.use(attention)
         try:
+            shared.use(attention)
             off = agree(float(np.abs(score() - plain).mean()))
         except Exception as error:  # a kernel that the device has not, a shape that it refuses: the plain one is there
             found.append(f"with {attention}: {(str(error).splitlines() or [type(error).__name__])[0]}")

@@ -19,6 +19,7 @@ from entrypoint.sharing.attention import install, masks, padding
 from entrypoint.sharing.layout import Layout, lay_out
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+BY_LENGTH = ("dynamic", "longrope")
 UNDERSTOOD = {"input_ids", "attention_mask", "labels", "fused_lm_head", "output_router_logits"}
 
 
@@ -40,10 +41,14 @@ class SharedPrompts:
         model.forward = types.MethodType(forward, model)
 
     def ways(self) -> list[str]:
-        """The attention implementations to try, best first: FlexAttention has no backward pass on a CPU."""
+        """The attention implementations to try, best first.
+
+        A model that has no `sdpa` would add a mask of tokens x tokens; on CUDA FlexAttention skips what it hides (on a
+        CPU it has no backward pass).
+        """
         own = self._config._attn_implementation
-        flex = self._model.device.type == "cuda" and getattr(self._model, "_supports_flex_attn", False)
-        return list(dict.fromkeys(["flex_attention", own] if flex else [own]))
+        flex = own == "eager" and self._model.device.type == "cuda" and self._model._supports_flex_attn
+        return ["flex_attention", own] if flex else [own]
 
     def use(self, attention: str) -> None:
         """Compute attention by this implementation from now on."""
@@ -69,7 +74,8 @@ class SharedPrompts:
         if not (self.enabled and scores and set(given) <= UNDERSTOOD):
             return self._plain(*args, **kwargs)
         router = given.get("output_router_logits", getattr(self._config, "output_router_logits", False))
-        layout = lay_out(given["input_ids"], given.get("attention_mask"), given["labels"], whole=router)
+        whole = router or _goes_by_length(self._config)
+        layout = lay_out(given["input_ids"], given.get("attention_mask"), given["labels"], whole=whole)
         if layout is None:
             return self._plain(*args, **kwargs)
         return self._packed(model, layout, given["input_ids"], given["labels"], router=router)
@@ -104,6 +110,12 @@ class SharedPrompts:
                 setattr(out, name, spread.view(shape))
         out.label_mask = labels[:, 1:] != -100
         return out
+
+
+def _goes_by_length(config: Any) -> bool:
+    """Whether the longest row of a batch decides how all positions are scaled (Phi-3's long variants, NTK)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return any(each.get("rope_type") in BY_LENGTH for each in (rope, *rope.values()) if isinstance(each, dict))
 
 
 @contextmanager

@@ -21,14 +21,12 @@ def unsupported(model: PreTrainedModel, peft_config: Any = None) -> str | None:
     config: Any = model.config.get_text_config()
     kinds = set(layer_kinds(config)[0])
     backbone = model.base_model
-    if backbone is model or "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return f"{type(model).__name__} takes no position_ids"
+    if getattr(model, "_is_stateful", False):
+        return "its layers keep a state that would run through the responses"
     if kinds - set(WINDOWS):
         return f"its layers are of the kind {', '.join(sorted(kinds - set(WINDOWS)))}"
     if config._attn_implementation not in IMPLEMENTATIONS:
         return f"its attention is {config._attn_implementation}"
-    if getattr(model, "_is_stateful", False):
-        return "its layers keep a state that would run through the responses"
     if getattr(config, "index_topk", None) is not None:
         return "its attention picks tokens by an index of their own"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
@@ -41,4 +39,6 @@ def unsupported(model: PreTrainedModel, peft_config: Any = None) -> str | None:
         return "it is not a causal language model"
     if getattr(peft_config, "is_prompt_learning", False):
         return "its adapter learns a prompt of its own"
+    if backbone is model or "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
     return None

@@ -28,39 +28,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-QUIET = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRL_EXPERIMENTAL_SILENCE", "TQDM_DISABLE")
-os.environ |= dict.fromkeys(QUIET, "1")  # before the libraries that read them
+# Before the libraries that read it.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+os.environ |= {"TQDM_DISABLE": "1"}
 
 import datasets
-import numpy as np
 import torch
 import transformers
-from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
-from entrypoint.conf import Dpo, Grpo
-from entrypoint.data.groups import Groups, Int64
 from entrypoint.demo.model import unpack_model
-from entrypoint.training.batches import Units
-from entrypoint.training.scoring import Scorer, sequences
+from tests.bench.sides import Ours, Shape, Side, compact, now, stock
 from tests.tiny import tiny_model
-from tests.trainers.builders import ALONE, GivenReference, make_run, make_trainer
 
 ROUNDS = 5
 THREADS = 2
-LEARNING_RATE = 1e-6
-MOST_TOKENS = 4096  # of a stock forward call on CPU: more was never faster, and takes more memory than a laptop has
+MOST_TOKENS = 2560  # of a stock forward call tried on CPU: memory grows by some 3 MB a token, and speed does not
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)  # tried for the largest that fits
 # Of Qwen2-1.5B's shape; Llama's architecture has no biases, which changes nothing here.
 LARGE = LlamaConfig(
@@ -75,58 +65,6 @@ LARGE = LlamaConfig(
     eos_token_id=0,
     pad_token_id=0,
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A step over `groups` prompts with `size` responses each, lengths in tokens.
-
-    bar: the speed-up that is wanted; None: reported only.
-    apart: of each group one response alone, so that nothing is shared.
-    """
-
-    method: str
-    prompt: int
-    response: int
-    size: int
-    bar: float | None = None
-    groups: int = 2
-    apart: bool = False
-
-    @property
-    def name(self) -> str:
-        size = "nothing shared" if self.apart else f"G={self.size}"
-        return f"{self.method.upper()}, {self.prompt} : {self.response}, {size}"
-
-    @property
-    def rows(self) -> int:
-        return self.groups if self.apart else self.groups * self.size
-
-    @property
-    def context(self) -> int:
-        return self.prompt + self.response
-
-    def settings(self) -> Grpo | Dpo:
-        return Grpo() if self.method == "grpo" else Dpo()
-
-    def batch(self, vocabulary: int) -> tuple[Groups, Int64]:
-        """Groups of random tokens, and the flat indices of the responses that the step computes.
-
-        Rewards fall from 1 to 0 in equal steps. Apart, a group's best response and the next one's worst take turns:
-        the advantages are those of TRL's groups of two rows, whatever their prompts.
-        """
-        random = np.random.default_rng(0)
-
-        def ids(*shape: int) -> Any:
-            return random.integers(3, vocabulary, shape).tolist()
-
-        rewards = np.linspace(1, 0, self.size).tolist()
-        rows = [
-            {"prompt_ids": ids(self.prompt), "response_ids": ids(self.size, self.response), "rewards": rewards}
-            for _ in range(self.groups)
-        ]
-        each = self.size * np.arange(self.groups)
-        return Groups.from_lists(rows), each + np.arange(self.groups) % 2 if self.apart else np.arange(self.rows)
 
 
 CPU = (
@@ -144,185 +82,6 @@ CUDA = (
     Shape("dpo", 6554, 1638, 2),
     Shape("grpo", 6554, 1638, 2, groups=8, apart=True),
 )
-
-
-# The two sides -------------------------------------------------------------------------------------------------------
-
-
-def now() -> float:
-    """Seconds, when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Side:
-    """A trainer whose optimiser steps are made one by one, so that two sides can take turns."""
-
-    def __init__(self, trainer: Any) -> None:
-        trainer.create_optimizer()
-        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        self.trainer = trainer
-
-    def gradient(self) -> None:
-        """Reference, forward, backward: the step's gradient lies in the parameters afterwards."""
-        raise NotImplementedError
-
-    def step(self) -> float:
-        """A whole optimiser step; returns its seconds."""
-        began = now()
-        self.gradient()
-        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
-        self.trainer.optimizer.step()
-        self.model.zero_grad()
-        return now() - began
-
-
-class Ours(Side):
-    """Our trainer as a run builds it; the reference is scored anew each step, for that step's responses."""
-
-    def __init__(self, shape: Shape, model: Path, scratch: str, *, group_a_call: bool, checkpointing: bool) -> None:
-        self.groups, self.responses = shape.batch(AutoConfig.from_pretrained(model).vocab_size)
-        budget = {"micro_batch_tokens": shape.prompt + shape.size * shape.response} if group_a_call else {}
-        run = make_run(
-            shape.settings(),
-            Path(scratch),
-            batch_size=shape.groups,
-            learning_rate=LEARNING_RATE,
-            share_prompts="always",
-            gradient_checkpointing="always" if checkpointing else "never",
-            **{"micro_batch_tokens": 8192} | budget,
-        )
-        self.reference: Any = GivenReference.fromkeys(self.responses.tolist())
-        trainer, plan = make_trainer(run, model, self.groups, reference=self.reference)
-        super().__init__(trainer)
-        trainer.current_gradient_accumulation_steps = 1
-        if shape.apart:
-            one = np.arange(shape.groups + 1)
-            plan.sampler.units = Units(one[:-1], self.responses, one, atom=1)
-        self.micro_batches = next(iter(plan.sampler))
-        self.cost = plan.sampler.cost
-        self.scorer = Scorer(
-            self.model,
-            pad=0,
-            shared=self.cost.shared,
-            budget=plan.sampler.budget,
-            device=trainer.args.device,
-            world=ALONE,
-        )
-        self.policy_seconds = 0.0
-
-    def gradient(self) -> None:
-        self.model.eval()
-        self.reference.update(self.scorer.log_probs(self.groups, self.responses))
-        began = now()
-        rows = self.trainer._rows
-        self.trainer.training_step(self.model, [rows[micro] for micro in self.micro_batches])
-        self.policy_seconds = now() - began  # forward and backward alone
-
-
-def stock_arguments(shape: Shape, rows: int, scratch: str, *, checkpointing: bool) -> dict[str, Any]:
-    """What both stock trainers' arguments share; `rows`: of a forward call (DPO: pairs)."""
-    units = shape.groups if shape.method == "dpo" else shape.rows
-    return {
-        "output_dir": scratch,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": units // rows,
-        "learning_rate": LEARNING_RATE,
-        "gradient_checkpointing": checkpointing,
-        "bf16": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_dropout": True,
-        "report_to": "none",
-    }
-
-
-class StockGrpo(Side):
-    """`GRPOTrainer`: `training_step` rolls out, scores with its reference model, and computes the loss."""
-
-    def __init__(self, shape: Shape, model: Path, scratch: str, *, rows: int, checkpointing: bool) -> None:
-        groups, responses = shape.batch(AutoConfig.from_pretrained(model).vocab_size)
-        pairs = sequences(groups, responses)
-        logged = {
-            "prompt_ids": [prompt.tolist() for prompt, _ in pairs],
-            "completion_ids": [response.tolist() for _, response in pairs],
-            "logprobs": None,
-            "logged_reward": groups.rewards[responses].tolist(),
-        }
-        method = Grpo()
-        args = GRPOConfig(
-            **stock_arguments(shape, rows, scratch, checkpointing=checkpointing),
-            num_generations=shape.size,
-            beta=method.kl_coeff,
-            epsilon=method.clip_range,
-            loss_type=method.loss_type,
-        )
-        trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-            reward_funcs=lambda logged_reward, **_: logged_reward,
-            args=args,
-            train_dataset=Dataset.from_dict({"prompt": [""]}),
-            processing_class=AutoTokenizer.from_pretrained(model),
-            rollout_func=lambda prompts, trainer: dict(logged),
-        )
-        super().__init__(trainer)
-        trainer.current_gradient_accumulation_steps = self.calls = shape.rows // rows
-        self.rows = shape.rows
-
-    def gradient(self) -> None:
-        prompts = [{"prompt": ""} for _ in range(self.rows)]
-        for _ in range(self.calls):  # the first rolls out and scores for all
-            self.trainer.training_step(self.model, prompts, None)
-
-
-class StockDpo(Side):
-    """`DPOTrainer` with precomputed reference log-probs, which its own method computes once for each pair."""
-
-    def __init__(self, shape: Shape, model: Path, scratch: str, *, rows: int, checkpointing: bool) -> None:
-        groups, _ = shape.batch(AutoConfig.from_pretrained(model).vocab_size)
-        self.pairs = [
-            {
-                "prompt_ids": group.prompt_ids.tolist(),
-                "chosen_ids": group.response_ids[0].tolist(),
-                "rejected_ids": group.response_ids[-1].tolist(),
-            }
-            for group in groups
-        ]
-        method = Dpo()
-        args = DPOConfig(
-            **stock_arguments(shape, rows, scratch, checkpointing=checkpointing),
-            beta=method.beta,
-            loss_type=[method.loss_type],
-            max_length=None,
-            precompute_ref_log_probs=True,
-        )
-        trainer = DPOTrainer(
-            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-            processing_class=AutoTokenizer.from_pretrained(model),
-        )
-        super().__init__(trainer)
-        trainer.current_gradient_accumulation_steps = len(self.pairs) // rows
-        self.rows = rows
-
-    def gradient(self) -> None:
-        for first in range(0, len(self.pairs), self.rows):
-            batch = self.trainer.data_collator(self.pairs[first : first + self.rows])
-            batch = {name: value.to(self.trainer.args.device) for name, value in batch.items()}
-            chosen, rejected = self.trainer.compute_ref_log_probs(self.model, batch)
-            batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            self.trainer.training_step(self.model, batch)
-
-
-def stock(shape: Shape, model: Path, scratch: str, *, rows: int, checkpointing: bool = False) -> Side:
-    side = StockGrpo if shape.method == "grpo" else StockDpo
-    return side(shape, model, scratch, rows=rows, checkpointing=checkpointing)
-
-
-def compact() -> AbstractContextManager[Any]:
-    """Stock TRL's fused head scores labelled positions alone, as it does on CUDA; the kernel stays the CPU's."""
-    return patch("trl.trainer.utils._use_triton", lambda device: True)
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -373,8 +132,8 @@ class Bench:
         """The table, line by line as it is measured."""
         differences = []
         for shape in self.shapes:
-            apart, lines = self.steps(shape, alone=shape is self.shapes[0])
-            differences.append(apart)
+            gap, lines = self.steps(shape, alone=shape is self.shapes[0])
+            differences.append(gap)
             yield from lines
             release()
         bar = None if self.cuda else 1e-5  # in bf16 the two differ by rounding
@@ -388,7 +147,7 @@ class Bench:
         ours = self.ours(shape)
         rows = self.fastest_rows(shape)
         theirs = stock(shape, self.model, self.scratch, rows=rows)
-        apart = difference(theirs, ours)  # and both are warm
+        gap = difference(theirs, ours)  # and both are warm
         bare = Bare(theirs, ours)
         seconds: dict[str, list[float]] = {"stock": [], "ours": [], "policy": [], "bare": [], "compact": []}
         for _ in range(self.rounds):
@@ -402,7 +161,7 @@ class Bench:
                     seconds["compact"].append(theirs.step())
         middle = {name: statistics.median(values) for name, values in seconds.items() if values}
         took = {name: f"{value:.3g} s" for name, value in middle.items()}
-        call = f"{rows} {'pairs' if shape.method == 'dpo' else 'rows'} a call"
+        call = f"{'pairs' if shape.method == 'dpo' else 'rows'} a call: {rows}"
         tight = f"{took['compact']}, {middle['compact'] / middle['ours']:.2f}" if "compact" in middle else ""
         ratio = middle["stock"] / middle["ours"]
         lines = [Line(shape.name, took["ours"], f"{took['stock']} ({call})", ratio, shape.bar, compact=tight)]
@@ -414,7 +173,7 @@ class Bench:
             lines.append(Line(name, f"{mine:,.0f}", f"{plain:,.0f}", mine / plain, bar))
             if self.cuda:
                 lines.append(mfu(shape, ours, middle["policy"]))
-        return apart, lines
+        return gap, lines
 
     def fastest_rows(self, shape: Shape) -> int:
         """Rows (DPO: pairs) of a stock forward call that make its step fastest: 1, 2, 4, … as long as that helps."""
@@ -423,14 +182,13 @@ class Bench:
         while rows <= units and (rows == 1 or rows * width * shape.context <= MOST_TOKENS or self.cuda):
             side = stock(shape, self.model, self.scratch, rows=rows)
             try:
-                if rows == 1:
-                    side.step()  # warms the allocator
                 seconds = side.step()
             except torch.OutOfMemoryError:
                 break
             finally:
                 del side
                 release()
+            print(f"{shape.name}: stock step of {seconds:.3g} s with {rows} a call", file=sys.stderr)
             if seconds > least:
                 break
             best, least, rows = rows, seconds, rows * 2
@@ -461,9 +219,10 @@ class Bench:
 
     def probe(self, side: str, shape: Shape, *, checkpointing: bool = False) -> float | None:
         """`peak` in a process of its own: bytes; None where the device's memory is too small."""
-        given = {"side": side, "shape": asdict(shape), "checkpointing": checkpointing, "model": str(self.model)}
-        given |= {"rounds": self.rounds, "cuda": self.cuda, "tiny": self.tiny}
-        command = [sys.executable, "-m", "tests.bench.bench_step", "--probe", json.dumps(given)]
+        wanted = json.dumps({"side": side, "shape": asdict(shape), "checkpointing": checkpointing})
+        command = [sys.executable, "-m", "tests.bench.bench_step", "--probe", wanted, "--model", str(self.model)]
+        command += ["--device", "cuda" if self.cuda else "cpu", "--rounds", str(self.rounds)]
+        command += ["--tiny"] if self.tiny else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: float | None = json.loads(done.stdout.splitlines()[-1])
         return found
@@ -529,7 +288,7 @@ def mfu(shape: Shape, ours: Ours, seconds: float) -> Line:
 
 def peak(side: Side, rounds: int) -> float:
     """Bytes of a step's peak above weights, gradients, optimiser and libraries: the median of `rounds` steps."""
-    side.step()  # from here on the optimiser's state is there
+    side.step()  # the libraries' own buffers
     gradients = sum(parameter.nbytes for parameter in side.model.parameters())
     tops = []
     for _ in range(rounds):
@@ -537,20 +296,20 @@ def peak(side: Side, rounds: int) -> float:
         before = reset_peak()
         side.step()
         tops.append(read_peak() - before - gradients)
-    return statistics.median(tops)
+    return float(statistics.median(tops))
 
 
 def reset_peak() -> int:
     """Bytes held now, from where the peak is counted anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return int(torch.cuda.memory_allocated())
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def read_peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else status("VmHWM")
 
 
 def status(name: str) -> int:
@@ -571,20 +330,15 @@ def release() -> None:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def run_probe(given: dict[str, Any]) -> float | None:
-    """`peak` of one side, or None where it does not fit: what `Bench.probe` asks a process of its own for."""
-    shape = Shape(**given["shape"])
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(given["model"]), scratch, (), given["cuda"], given["tiny"], given["rounds"])
-        try:
-            side: Side
-            if given["side"] == "ours":
-                side = bench.ours(shape, checkpointing=given["checkpointing"])
-            else:
-                side = stock(shape, bench.model, scratch, rows=shape.rows, checkpointing=given["checkpointing"])
-            return peak(side, bench.rounds)
-        except torch.OutOfMemoryError:
-            return None
+def run_probe(bench: Bench, side: str, shape: Shape, *, checkpointing: bool) -> float | None:
+    """What `Bench.probe` asks a process of its own for."""
+    try:
+        if side == "ours":
+            return peak(bench.ours(shape, checkpointing=checkpointing), bench.rounds)
+        theirs = stock(shape, bench.model, bench.scratch, rows=shape.rows, checkpointing=checkpointing)
+        return peak(theirs, bench.rounds)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def make_model(folder: Path, *, cuda: bool, tiny: bool) -> Path:
@@ -621,7 +375,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows, on whatever device there is")
     parser.add_argument("--probe", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -629,20 +385,22 @@ def main() -> int:
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is one, TRL takes it
         torch.set_num_threads(1 if given.tiny else THREADS)
-    if given.probe:
-        print(json.dumps(run_probe(given.probe)))
-        return 0
     if cuda and not given.tiny and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is at hand; --tiny tries the table without one")
-    shapes = CUDA if cuda else CPU
+    shapes: tuple[Shape, ...] = CUDA if cuda else CPU
+    if given.tiny:
+        shapes = tuple(shorter(shape, cuda=cuda) for shape in shapes)
+    missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model", cuda=cuda, tiny=given.tiny)
-        if given.tiny:
-            shapes = tuple(shorter(shape, cuda=cuda) for shape in shapes)
+        model = given.model or make_model(Path(folder) / "model", cuda=cuda, tiny=given.tiny)
+        bench = Bench(model, folder, shapes, cuda, given.tiny, given.rounds)
+        if given.probe:
+            shape = Shape(**given.probe.pop("shape"))
+            print(json.dumps(run_probe(bench, shape=shape, **given.probe)))
+            return 0
         print_machine()
         print(f"\n{HEADER}", flush=True)
-        missed = 0
-        for line in Bench(model, folder, shapes, cuda, given.tiny, given.rounds).lines():
+        for line in bench.lines():
             missed += line.missed
             print(line.text(), flush=True)
     return int(missed > 0 and os.environ.get("CHECK") == "1")
