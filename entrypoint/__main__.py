@@ -22,7 +22,14 @@ def main(argv: list[str]) -> int:
     except RunError as error:
         explain(error)
         return error.exit_code
+    except BrokenPipeError:  # `… --help | head` has seen enough
+        leave_pipe()
     return 0
+
+
+def leave_pipe() -> None:
+    """Nobody reads what is printed any more: what the interpreter still flushes at its end goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: RunError) -> None:

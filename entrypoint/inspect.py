@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import duckdb
 
-from entrypoint.__main__ import explain
+from entrypoint.__main__ import explain, leave_pipe
 from entrypoint.conf import Dpo, Run
 from entrypoint.conf.key import REQUIRED
 from entrypoint.config import load_data
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
         explain(error)
         return error.exit_code
     except BrokenPipeError:  # `… | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_pipe()
     return 0
 
 

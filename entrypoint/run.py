@@ -16,6 +16,7 @@ import transformers
 from entrypoint.conf import Data, Run
 from entrypoint.data.report import Counts
 from entrypoint.errors import StoppedError
+from entrypoint.inspection.advice import MANY_EPOCHS
 from entrypoint.load import Loaded, load, load_model
 from entrypoint.save import save
 from entrypoint.session import Session
@@ -25,8 +26,6 @@ from entrypoint.training.course import Course
 from entrypoint.training.evaluation import held_out
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.world import World, joined
-
-MANY_EPOCHS = 10  # more passes over the same traces than this are seldom meant
 
 
 def run_rank(run: Run) -> None:

@@ -406,3 +406,15 @@ def test_any_value_of_a_key_is_a_run_or_a_refusal(here: Path, name: str, value: 
         return run
 
     run_or_refusal(checked, [])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job", "data.path=d", "model.path=m", "output.path=o"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    """As `… --help | head -1`: the pipe is closed before anything is printed."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoint", *words], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -75,16 +75,16 @@ def compose(argv: list[str], *, may_lack: Collection[str] = ()) -> Run:
     """
     line = parse(argv)
     if line.show == "version":
-        print(__version__)
+        print(__version__, flush=True)
         raise SystemExit(0)
     if line.show == "help":
-        print(usage(line.method or "grpo"))
+        print(usage(line.method or "grpo"), flush=True)
         raise SystemExit(0)
     tree, method = compose_run(line.config_dir, line.config_name, line.method)
     _apply(tree, line, method)
     run = read_run(resolved(tree), method, may_lack=REQUIRED if line.show == "cfg" else may_lack)
     if line.show == "cfg":
-        print(yaml.safe_dump(asdict(run), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(asdict(run), sort_keys=False, allow_unicode=True), end="", flush=True)
         raise SystemExit(0)
     return run
 

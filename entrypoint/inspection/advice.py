@@ -28,7 +28,7 @@ VARIOUS = 3.0  # levels: two are a pair, a ranking says more from three on
 CLEAR = 0.5  # with less, DPO would train on the smaller part of the prompts that GRPO can use
 NOISY = 0.25  # of pairs ordered differently: half of the way from agreement, 0, to two coins, 0.5
 EVIDENCE = 30  # pairs, or copies, below which a share of them says nothing: its standard error is near 0.1
-MANY_EPOCHS = 10  # a run warns of more passes over the same traces
+MANY_EPOCHS = 10  # more passes over the same traces are seldom meant: a run warns of them
 
 
 def quick_prompts() -> int:
