@@ -20,7 +20,7 @@ from entrypoint.sharing.layout import Layout, lay_out
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BY_LENGTH = ("dynamic", "longrope")
-UNDERSTOOD = {"input_ids", "attention_mask", "labels", "fused_lm_head", "output_router_logits"}
+UNDERSTOOD = {"input_ids", "attention_mask", "labels", "fused_lm_head", "output_router_logits", "use_cache"}
 
 
 class SharedPrompts:
