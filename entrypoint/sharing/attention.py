@@ -133,7 +133,9 @@ class Parts:
             see = (keys[None] <= queries[:, None]) & window(keys[None], queries[:, None])
             self.masks.append(see[None, None])
         else:
-            self.masks.append(None if prompt is None else causal_mask(len(queries), len(keys), keys.device))
+            # One token sees all; transformers folds a lone token's heads into rows, which a causal pattern would cut.
+            plain = prompt is None or len(queries) == 1
+            self.masks.append(None if plain else causal_mask(len(queries), len(keys), keys.device))
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
