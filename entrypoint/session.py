@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +28,7 @@ from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.training.scoring import Scorer, inputs, sequences
 from entrypoint.world import World
 
+CHECKED = 3  # responses to one prompt that are computed both ways at the start
 BEFORE = "before.json"  # the base model's metrics: a resumed run can't measure them again
 
 
@@ -95,24 +95,22 @@ class Session:
             return
         group = int(sampler.units.group[sampler.steps(0)[0][0]])
         sampler.cost = Cost(groups, shared=True)
-        responses = np.arange(groups.offsets[group], groups.offsets[group + 1])
-        few = sampler.cost.pack([[r] for r in responses.tolist()], sampler.budget)[0]
+        few = np.arange(groups.offsets[group], groups.offsets[group + 1])[:CHECKED]
 
         def score() -> Float32:
             # Every rank scores the same: under FSDP a forward is a collective.
-            with self._scoring(model, World(rank=0, size=1, store=None)) as scorer:
-                return np.concatenate([values for _, values in scorer.log_probs(groups, np.array(few))])
-
-        def agree(own: float) -> float:
-            return float(self.world.sum(torch.tensor(own, device=self.trainer.args.device))) / self.world.size
+            with self._scoring(
+                model, World(rank=0, size=1, store=None), budget=int(sampler.cost.row[few].sum())
+            ) as all_:
+                return np.concatenate([values for _, values in all_.log_probs(groups, few)])
 
         train = self.run.train
-        why = settle(self.trainer.shared, score, dtype=compute_dtype(train), agree=agree)
+        why = settle(self.trainer.shared, score, dtype=compute_dtype(train), worst=self.world.most)
         if why is None:
             return
         sampler.cost = Cost(groups, shared=False)
         if train.share_prompts == "always":
-            raise ConfigError(f"train.share_prompts: always, but this model computes something else then: {why}")
+            raise ConfigError(f"train.share_prompts: always, but it fails the check: {why}; write auto")
         self.world.warn(f"prompts are not shared: {why}")
 
     def _find_budget(self, model: nn.Module) -> None:
@@ -136,6 +134,12 @@ class Session:
             device=device,
             world=self.world,
             folder=self.loaded.checkpoints.folder,
+            setting={
+                "fingerprint": self.loaded.fingerprint,
+                "precision": compute_dtype(self.run.train),
+                "sharding": self.run.train.sharding,
+                "gradient_checkpointing": self.run.train.gradient_checkpointing,
+            },
         )
 
     def _fill(self, reference: ReferenceLogProbs, groups: Groups, responses: Int64, model: nn.Module) -> None:
@@ -144,7 +148,7 @@ class Session:
         self.world.say(f"reference log-probs of {len(responses):,} responses, {computed:,} of them computed now")
 
     @contextmanager
-    def _scoring(self, model: nn.Module, world: World) -> Iterator[Scorer]:
+    def _scoring(self, model: nn.Module, world: World, budget: int | None = None) -> Iterator[Scorer]:
         """The model as it scores for `world`: in the run's precision, without DDP's collectives around it.
 
         Afterwards the model is in the mode that it was in: TRL files a step's metrics by it.
@@ -163,7 +167,7 @@ class Session:
                 forward,
                 pad=self.pad,
                 shared=self.plan.sampler.cost.shared,
-                budget=self.plan.sampler.budget,
+                budget=budget or self.plan.sampler.budget,
                 device=self.trainer.args.device,
                 world=world,
             )

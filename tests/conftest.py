@@ -29,7 +29,7 @@ from tests.servers.mlflow import mlflow_server as start_mlflow_server
 from tests.servers.s3 import S3Server, s3_server
 
 MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
-BY_MODULE = ("tests/e2e/",)  # tests of a module look at the same runs from many sides
+BY_MODULE = ("tests/e2e/", "tests/trainers/test_world_size.py")  # a module looks at the same runs from many sides
 
 
 @pytest.hookimpl(optionalhook=True)

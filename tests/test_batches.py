@@ -160,3 +160,36 @@ def test_visited_names_what_the_first_steps_compute() -> None:
     wanted = sorted(int(r) for step in step_sampler.steps(0)[:2] for u in step for r in step_sampler.units.of(int(u)))
     assert step_sampler.visited(2).tolist() == wanted
     assert step_sampler.visited(100).tolist() == list(range(groups.offsets[-1]))
+
+
+@pytest.mark.parametrize("world", [4, 24, 40])
+def test_ranks_without_a_group_are_no_error(world: int) -> None:
+    groups = ragged_groups(3)
+    few = sampler(groups, batch_size=3, world=world)
+    few.cost = Cost(groups, shared=True)
+    step = few.steps(0)[0]
+    assert len(few.loads(step)) == len(few.micro_batches(step)) == world
+    assert few.cost.of([]) == 0
+
+
+def test_a_group_is_cut_where_it_keeps_the_others_waiting() -> None:
+    """32 groups of 32 + 8 x 8 tokens on 24 ranks: whole, eight ranks have two, 192 tokens, and 16 have one.
+
+    Some in halves of 64 or thirds of 56 tokens: 96 + 56 = 152 on the most loaded one.
+    """
+    lists = [{"prompt_ids": [1] * 32, "response_ids": [[2] * 8] * 8, "rewards": [0.5] * 8} for _ in range(32)]
+    groups = Groups.from_lists(lists)
+    many = sampler(groups, batch_size=32, world=24)
+    step = many.steps(0)[0]
+    many.cost = Cost(groups, shared=True)
+    assert max(many.loads(step)) == 152
+    ranks = many.micro_batches(step)
+    assert sorted(r for rank in ranks for micro in rank for r in micro.responses) == list(range(256))
+    alone = sampler(groups, batch_size=32, world=32)
+    alone.cost = many.cost
+    assert set(alone.loads(step)) == {96}
+
+
+def test_without_sharing_each_response_is_dealt_by_itself() -> None:
+    groups = Groups.from_lists([{"prompt_ids": [1], "response_ids": [[2] * 9] * 8, "rewards": [0.5] * 8}])
+    assert sampler(groups, world=4).loads(np.array([0])) == [20, 20, 20, 20]

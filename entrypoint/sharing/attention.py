@@ -175,10 +175,19 @@ def _attend(
         if prompt is not None:
             k, v = torch.cat([keys[prompt], k], dim=2), torch.cat([values[prompt], v], dim=2)
         if isinstance(mask, CausalBias):  # transformers would repeat keys and values for grouped queries
+            q, k, v = _as_autocast(queries[i], k, v)
             out = torch.nn.functional.scaled_dot_product_attention(
-                queries[i], k, v, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=k.shape[1] != query.shape[1]
+                q, k, v, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=k.shape[1] != query.shape[1]
             )
-            outputs.append(out.transpose(1, 2))
+            outputs.append(out.transpose(1, 2).to(values[i].dtype))
         else:
             outputs.append(_plain_sdpa(module, queries[i], k, v, mask, is_causal=mask is None, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autocast makes of attention's inputs; a `CausalBias` is dispatched before autocast sees it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)

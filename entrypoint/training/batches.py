@@ -17,6 +17,10 @@ import numpy as np
 from entrypoint.data.groups import Groups, Int64
 from entrypoint.data.pairs import Pairs
 
+WAIT = 1.05  # of the even share: below it the most loaded rank is not worth cutting groups for
+SPLITS = (2, 3, 4, 8)  # parts of a group that are tried
+CUTS = 8  # shares of the groups that are tried: the costliest eighth, two eighths, …
+
 
 @dataclass(frozen=True)
 class Units:
@@ -102,7 +106,7 @@ class Cost:
 
     def distinct(self, responses: list[int]) -> int:
         """Tokens of these responses and of their prompts, each once."""
-        once = np.unique(responses)
+        once = np.unique(np.asarray(responses, np.int64))
         first = np.unique(self.group[once], return_index=True)[1]
         return int(self.response[once].sum() + self.prompt[once][first].sum())
 
@@ -187,11 +191,9 @@ class StepSampler:
 
     def micro_batches(self, step: Int64) -> list[list[MicroBatch]]:
         """Each rank's micro-batches of a step; every rank has equally many, since FSDP's forwards are collectives."""
-        bundles = self._bundles(step)
-        dealt = deal([self._load(bundle) for bundle in bundles], self.world_size)
-        cuts = [self.cost.pack([atom for i in mine for atom in bundles[i]], self.budget) for mine in dealt]
+        cuts = [self.cost.pack(atoms, self.budget) for atoms in self._dealt(step)]
         loads = [sum(self.cost.of(batch) for batch in cut) for cut in cuts]
-        responses = [r for bundle in bundles for atom in bundle for r in atom]
+        responses = [r for unit in step.tolist() for r in self.units.of(unit).tolist()]
         whole = Step(
             sequences=len(responses) // self.units.atom,
             tokens=int(self.cost.response[responses].sum()),
@@ -206,20 +208,56 @@ class StepSampler:
 
     def loads(self, step: Int64) -> list[int]:
         """Tokens that each rank would compute in a step, were it one forward pass."""
-        bundles = self._bundles(step)
-        dealt = deal([self._load(bundle) for bundle in bundles], self.world_size)
-        return [self.cost.of([r for i in mine for atom in bundles[i] for r in atom]) for mine in dealt]
+        return [self.cost.of([r for atom in atoms for r in atom]) for atoms in self._dealt(step)]
+
+    def _dealt(self, step: Int64) -> list[list[list[int]]]:
+        """Each rank's atoms of a step, those with the longest rows first.
+
+        A group stays on one rank, which computes its prompt once, unless that keeps the others waiting: then the
+        costliest groups are cut in two or more where that ends the step sooner, their prompts computed once a part.
+        """
+        bundles = sorted(self._bundles(step), key=lambda atoms: -self._load(atoms))
+        best, least = self._deal(bundles)
+        even = sum(map(self._load, bundles)) / self.world_size
+        for parts in SPLITS if self.cost.shared and least > WAIT * even else ():
+            for share in range(1, CUTS + 1):
+                first = -(-len(bundles) * share // CUTS)
+                cut = [part for atoms in bundles[:first] for part in _split(atoms, parts)] + bundles[first:]
+                dealt, most = self._deal(cut)
+                if most < least:
+                    best, least = dealt, most
+        return [sorted(atoms, key=self._place) for atoms in best]
+
+    def _deal(self, bundles: list[list[list[int]]]) -> tuple[list[list[list[int]]], int]:
+        """The atoms of each rank, and the tokens of the most loaded one."""
+        costs = [self._load(atoms) for atoms in bundles]
+        dealt = deal(costs, self.world_size)
+        most = max(sum(costs[i] for i in mine) for mine in dealt)
+        return [[atom for i in mine for atom in bundles[i]] for mine in dealt], most
 
     def _bundles(self, step: Int64) -> list[list[list[int]]]:
-        """The atoms of a step by group, which are computed on one rank; those with the longest rows first."""
+        """The atoms of a step by group; one by one where nothing is shared."""
         bundles: dict[int, list[list[int]]] = {}
         for unit in step.tolist():
             bundles.setdefault(int(self.units.group[unit]), []).extend(self.units.atoms(unit))
-        return sorted(bundles.values(), key=lambda atoms: -max(int(self.cost.row[atom].max()) for atom in atoms))
+        if self.cost.shared:
+            return list(bundles.values())
+        return [[atom] for atoms in bundles.values() for atom in atoms]
 
     def _load(self, bundle: list[list[int]]) -> int:
         responses = [r for atom in bundle for r in atom]
         return self.cost.distinct(responses) if self.cost.shared else int(self.cost.row[responses].sum())
+
+    def _place(self, atom: list[int]) -> tuple[int, int]:
+        """Where an atom stands in its rank's step: a group's atoms together; rows of like length where padded."""
+        group = int(self.cost.group[atom[0]])
+        return (group, 0) if self.cost.shared else (-int(self.cost.row[atom].max()), group)
+
+
+def _split(atoms: list[list[int]], parts: int) -> list[list[list[int]]]:
+    """A group's atoms in at most so many parts of like number."""
+    size = -(-len(atoms) // parts)
+    return [atoms[i : i + size] for i in range(0, len(atoms), size)]
 
 
 def deal(costs: list[int], ranks: int) -> list[list[int]]:

@@ -121,11 +121,19 @@ def build_trainer(
         dpo._n_gpu = 1
         trainer = LoggedDpo(args=dpo, **common)
         rows = DpoRows(groups, reference, pad=pad)
+    _no_attention_dropout(trainer.model)
     trainer.remove_callback(PrinterCallback)  # the tracker writes the log
     trainer.shared = share_prompts(run.train.share_prompts, trainer, warn)
     if arguments["fsdp"]:
         _shard_exactly(trainer, bf16=arguments["bf16"])
     return trainer, rows
+
+
+def _no_attention_dropout(model: Any) -> None:
+    """TRL's `disable_dropout` knows modules; attention has it as a number."""
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def share_prompts(wish: str, trainer: WholeBatch, warn: Callable[[str], None]) -> SharedPrompts | None:

@@ -6,10 +6,14 @@ answer is kept beside the checkpoints: a restart on such machines cuts its batch
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ FIRST = 2048  # tokens that are taken to fit anywhere
 STEPS = 100  # of the first epoch, looked at for the most that a rank has to compute in a step
 ROOM = 0.85  # of the free memory; the rest is for what the allocator can't use and for what the loss adds
 GROWTH = 1.2  # attention grows faster than its tokens do
+INFINITE = 2**63
 MOMENTS = 8  # bytes that AdamW adds for a trained parameter
 
 
@@ -36,6 +41,7 @@ def find_budget(
     device: torch.device,
     world: World,
     folder: Path,
+    setting: dict[str, Any],
 ) -> int:
     """Tokens of a micro-batch, the same on every rank.
 
@@ -43,24 +49,31 @@ def find_budget(
         compute: forward and backward over some responses; leaves no gradient behind.
         parameters: trained ones that this rank holds.
         folder: where the answer is kept.
+        setting: what else it depends on.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
-    setting = {"device": _name(device), "ranks": world.size, "shared": sampler.cost.shared, "most": most}
+    machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": _ranks_here()}
+    setting = setting | machine | {"shared": sampler.cost.shared, "most": most}
     known: int | None = world.once(lambda: _read(folder / FILE, setting))
     if known is not None:
+        world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
         return known
     best = size = FIRST
-    used = last = 0.0  # shares of the free memory
-    while size < most and used + 2 * GROWTH * (used - last) <= ROOM:
-        size, last = min(2 * size, most), used
-        need, free = _measured(lambda: compute(_longest(sampler.cost, groups, size)), device)  # noqa: B023
+    _write(world, folder, setting, best)  # what a run killed for its memory starts again with
+    tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
+    while size < most and used + GROWTH * slope * (2 * size - tokens) <= ROOM:
+        size = min(2 * size, most)
+        batch = _longest(sampler.cost, groups, size)
+        need, free = _measured(partial(compute, batch), device)
         # The fullest rank decides for all, and before any of them is too full: a rank that fails leaves the others
         # waiting in a collective.
-        used = world.most((need + MOMENTS * parameters) / free)
-        best = size if used <= ROOM else best
-    if world.is_main:
-        write_atomically(folder / FILE, json.dumps({**setting, "tokens": best}).encode())
-    world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's step has at most {most:,}")
+        share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
+        best = size if share <= ROOM else best
+        computed = sampler.cost.of(batch)
+        slope = max(slope, (share - used) / max(computed - tokens, 1.0))
+        tokens, used = computed, share
+    _write(world, folder, setting, best)
+    world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
     return best
 
 
@@ -77,17 +90,24 @@ def _longest(cost: Cost, groups: Groups, tokens: int) -> list[int]:
 
 
 def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Bytes that `work` needs beyond what is there, and those that are free before it."""
+    """Bytes that `work` needs beyond what is there, and those that are free before it; infinite where it fails."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before
-        work()
+        before, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            return math.inf, free
         return torch.cuda.max_memory_allocated(device) - before, free
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    gc.collect()  # what is freed while `work` runs would hide what it needs
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    except OSError:  # a sandbox without it: nothing larger than FIRST is known to fit
+        return math.inf, 1.0
     resident, available = _status("VmRSS"), _available()
     work()
-    return _status("VmHWM") - resident, available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _status("VmHWM") - resident, available / _ranks_here()
 
 
 def _status(name: str) -> int:
@@ -98,21 +118,51 @@ def _status(name: str) -> int:
 
 def _available() -> int:
     """Bytes that this machine, or this container where it has less, can still give."""
+    found = _meminfo("MemAvailable")
+    limit = _limit()
+    if limit is None:
+        return found
+    # Pages of files that are only read, such as the model and the traces, are given back when they are needed.
+    group = Path("/sys/fs/cgroup")
+    cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", "0")
+    return min(found, limit - int((group / "memory.current").read_text()) + int(cached))
+
+
+def _total(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return min(_meminfo("MemTotal"), _limit() or INFINITE)
+
+
+def _limit() -> int | None:
+    """Bytes that this container may have (cgroup v2); None without a limit."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return None if text == "max" else int(text)
+
+
+def _meminfo(name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    found = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, current = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and (bound := limit.read_text().strip()) != "max":
-        found = min(found, int(bound) - int(current.read_text()))
-    return found
+    return int(lines[name].split()[0]) * 1024
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
 
 
-def _read(path: Path, setting: dict[str, object]) -> int | None:
-    if not path.exists():
+def _write(world: World, folder: Path, setting: dict[str, Any], tokens: int) -> None:
+    if world.is_main:
+        write_atomically(folder / FILE, json.dumps({**setting, "tokens": tokens}).encode())
+
+
+def _read(path: Path, setting: dict[str, Any]) -> int | None:
+    try:
+        said = json.loads(path.read_text())
+        tokens: int = said.pop("tokens")
+    except (OSError, ValueError, KeyError, AttributeError):  # not there, or damaged: it is found again
         return None
-    said = json.loads(path.read_text())
-    tokens: int = said.pop("tokens")
-    return tokens if said == setting else None
+    return tokens if said == json.loads(json.dumps(setting)) else None

@@ -94,10 +94,11 @@ class Scorer:
     def _batches(self, groups: Groups, responses: Int64) -> list[list[int]]:
         """This rank's forward calls; empty ones where another rank has more."""
         cost = Cost(groups, shared=self.shared)
-        cuts = np.flatnonzero(np.diff(cost.group[responses])) + 1
+        alone = ~np.equal(cost.group[responses][1:], cost.group[responses][:-1]) if self.shared else True
+        cuts = np.flatnonzero(np.broadcast_to(alone, max(0, len(responses) - 1))) + 1
         bundles = [bundle.tolist() for bundle in np.split(responses, cuts) if len(bundle)]
         shares = deal([cost.distinct(bundle) for bundle in bundles], self.world.size)
-        # Longest first within a rank (deal's own order), so that rows of a batch are of like length.
+        # Longest first within a rank (deal's own order): without sharing, rows of a batch are of like length.
         batches = [cost.pack([[r] for i in share for r in bundles[i]], self.budget) for share in shares]
         mine = batches[self.world.rank]
         return mine + [[]] * (max(map(len, batches)) - len(mine))

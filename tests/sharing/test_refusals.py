@@ -72,7 +72,7 @@ def log_probs(model: PreTrainedModel) -> Float32:
 
 def checked(model: PreTrainedModel, dtype: str = "fp32") -> tuple[SharedPrompts, str | None]:
     shared = shared_over(model)
-    return shared, settle(shared, lambda: log_probs(model), dtype=dtype, agree=lambda own: own)
+    return shared, settle(shared, lambda: log_probs(model), dtype=dtype, worst=lambda own: own)
 
 
 SLIPPED = {"Rwkv": "", "Mpt": "", "GPTNeo": "", "Mistral window": "sliding_attention", "Lfm2": "conv",
@@ -133,6 +133,15 @@ def test_the_other_ways_are_tried_before_the_plain_one(monkeypatch: pytest.Monke
 
 def test_no_number_is_no_agreement() -> None:
     shared = shared_over(tiny("Llama"))
-    why = settle(shared, lambda: np.zeros(3, np.float32), dtype="fp32", agree=lambda own: math.nan)
-    assert why == "with sdpa: log-probs are off by nan nats a token, at most 0.0001"
+    why = settle(shared, lambda: np.zeros(3, np.float32), dtype="fp32", worst=lambda own: own)
+    assert why is None
+    why = settle(shared, lambda: np.full(3, np.nan, np.float32), dtype="fp32", worst=lambda own: own)
+    assert why == "with sdpa: a log-prob is no number"
+    assert not shared.enabled
+
+
+def test_what_fails_on_another_rank_fails_on_all() -> None:
+    shared = shared_over(tiny("Llama"))
+    why = settle(shared, lambda: np.zeros(3, np.float32), dtype="fp32", worst=lambda own: math.inf)
+    assert why == "with sdpa: another rank fails"
     assert not shared.enabled
