@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.bias import causal_lower_right
 
+from entrypoint.sharing import attention
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.sharing.support import unsupported
 from tests.sharing.batches import Batch, Numbers, assert_alike, computed, numbers, ragged, relative
@@ -126,3 +128,25 @@ def test_other_calls_are_the_models_own() -> None:
         tokens = model.generate(batch["input_ids"][:1, :9], max_new_tokens=2, do_sample=False)
     assert tokens.shape == (1, 11)
     assert shapes[:4] == [PLAIN, PLAIN, PLAIN, PACKED]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3 window", "Qwen3Moe"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_the_bias_that_flash_attention_knows_is_the_mask(
+    name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA is given instead of a mask; on a CPU it becomes one, by the same dispatch."""
+    model = tiny(name)
+    shared_over(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        masked = numbers(model, ragged())
+        biases: list[tuple[int, int]] = []
+
+        def bias(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+            biases.append((queries, keys))
+            return causal_lower_right(queries, keys)
+
+        monkeypatch.setattr(attention, "causal_mask", bias)
+        biased = numbers(model, ragged())
+    assert biases
+    assert_alike(biased, masked, 2e-2 if autocast else 1e-5, floor=1e-2 if autocast else 0.0)

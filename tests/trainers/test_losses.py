@@ -33,6 +33,7 @@ def live_reference(groups: Groups) -> Any:
         {r: (-5.7 + rng.normal(0, 0.3, n)).astype(np.float32) for r, n in enumerate(groups.response_lengths)}
     )
 
+
 # Of a gradient, from sums in another order; discopop takes the sigmoid of a sum of log-probs over 0.05.
 ROUNDING = {"discopop": 3e-5}
 
