@@ -242,8 +242,8 @@ WARNINGS = [
     ("is the sigmoid loss", ["method=dpo", "method.loss_type=robust"]),
     ("has no warm-up", ["train.lr_scheduler=constant_with_warmup"]),
     ("train.max_steps=1000 wins", ["train.num_epochs=3"]),
-    ("none is logged", ["train.max_steps=5"]),
-    ("starts from the beginning", ["train.max_steps=50"]),
+    ("the last step alone is logged", ["train.max_steps=5"]),
+    ("killed without a signal starts from the beginning", ["train.max_steps=50"]),
     ("far above", ["train.learning_rate=0.01"]),
     ("more memory than the budget", ["train.micro_batch_tokens=64"]),
 ]

@@ -47,7 +47,7 @@ def check(run: Run) -> list[str]:
     if run.train.max_steps is not None and run.checkpoint.save_every > run.train.max_steps:
         warnings.append(
             f"checkpoint.save_every={run.checkpoint.save_every} is more than train.max_steps={run.train.max_steps}: "
-            "an interrupted run starts from the beginning"
+            "a run that is killed without a signal starts from the beginning"
         )
     return warnings
 
@@ -198,7 +198,8 @@ def _check_train(train: Train, warn: Callable[[str], None]) -> None:
         )
     if train.max_steps is not None and train.logging_steps > train.max_steps:
         warn(
-            f"train.logging_steps={train.logging_steps} is more than train.max_steps={train.max_steps}: none is logged"
+            f"train.logging_steps={train.logging_steps} is more than train.max_steps={train.max_steps}: the "
+            "last step alone is logged"
         )
     if train.learning_rate >= 1e-3:
         warn(f"train.learning_rate={train.learning_rate} is far above what preference tuning bears (1e-7 to 1e-4)")

@@ -42,6 +42,21 @@ LABELS = {
     Reason.NO_SPREAD: "group without spread",
     Reason.BELOW_THRESHOLD: "below threshold",
 }
+# What to do where a reason leaves nothing.
+REMEDIES = {
+    Reason.OTHER_DATE: "widen data.date_from and data.date_to",
+    Reason.OTHER_MODEL: "look at data.models and the column model",
+    Reason.NO_CONSENT: "look at the column user_consent, or set data.require_consent=false where it is not needed",
+    Reason.CONTRADICTION: "write the partition that the rows belong to",
+    Reason.EMPTY: "look at the columns input and output",
+    Reason.REWARD: "look at data.reward_column: rewards are expected in 0..1",
+    Reason.UNPARSABLE: "set data.format=text, or write messages as a list of {role, content}",
+    Reason.DUPLICATE: "a prompt needs at least two different responses",
+    Reason.TOO_LONG: "raise train.max_length",
+    Reason.ONE_RESPONSE: "a prompt needs at least two different responses; data.match=normalized finds more of them",
+    Reason.NO_SPREAD: "a prompt needs responses with different rewards",
+    Reason.BELOW_THRESHOLD: "lower data.min_reward_threshold, or look at data.reward_column",
+}
 
 
 class NoGroupLeft(DataError):
@@ -131,7 +146,7 @@ class Counts:
         worst = max(self.dropped, key=lambda name: self.dropped[name])
         message = (
             f"{where}: no group left to train on: of {self.rows:,} rows {self.dropped[worst]:,} were dropped as"
-            f" '{LABELS[Reason[worst]]}'; the table below has every reason"
+            f" '{LABELS[Reason[worst]]}', the table has every reason; {REMEDIES[Reason[worst]]}"
         )
         return NoGroupLeft(message, self)
 

@@ -141,9 +141,8 @@ class _Gang:
             if signum in self._forwarded:
                 return
             self._forwarded.add(signum)
-            _say(
-                f"{signal.Signals(signum).name}: {len(self.running)} ranks are told; waiting for them to save and leave"
-            )
+            told = f"{len(self.running)} ranks are told" if len(self.running) > 1 else "the rank is told"
+            _say(f"{signal.Signals(signum).name}: {told}; waiting for them to save and leave")
         for rank in self.running:
             rank.kill(signum)
 
@@ -169,6 +168,7 @@ class _Gang:
             self.codes.append(rank.reported)
             bounded = rank.reported not in (EXIT_DONE, EXIT_STOPPED)
         elif how < 0 and -how in self._forwarded:
+            _say(f"rank {rank.rank} left before its first step, with nothing new to save; start the same command again")
             self.codes.append(EXIT_STOPPED)  # told to stop before it could catch the signal: nothing is broken
             bounded = True  # but the others can't agree with it on where to stop
         elif how < 0 and self._told:

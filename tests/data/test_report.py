@@ -67,6 +67,6 @@ def test_the_error_names_the_commonest_reason_and_survives_a_process_border() ->
     assert error.exit_code == EXIT_REFUSED
     assert error.table == found.text()
     assert str(error) == (
-        "s3://bucket/lake: no group left to train on: of 10 rows 7 were dropped as 'too long';"
-        " the table below has every reason"
+        "s3://bucket/lake: no group left to train on: of 10 rows 7 were dropped as 'too long',"
+        " the table has every reason; raise train.max_length"
     )
