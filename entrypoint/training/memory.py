@@ -105,20 +105,20 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, fl
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     except OSError:  # a sandbox without it: nothing larger than FIRST is known to fit
         return math.inf, 1.0
-    resident, available = _status("VmRSS"), _available()
+    resident, available = proc_bytes("self/status", "VmRSS"), _available()
     work()
-    return _status("VmHWM") - resident, available / _ranks_here()
+    return proc_bytes("self/status", "VmHWM") - resident, available / _ranks_here()
 
 
-def _status(name: str) -> int:
-    """Bytes that this process's status names so."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def proc_bytes(file: str, name: str) -> int:
+    """Bytes of a line of a file in /proc, `name: … kB`."""
+    lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def _available() -> int:
     """Bytes that this machine, or this container where it has less, can still give."""
-    found = _meminfo("MemAvailable")
+    found = proc_bytes("meminfo", "MemAvailable")
     limit = _limit()
     if limit is None:
         return found
@@ -131,7 +131,7 @@ def _available() -> int:
 def _total(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(_meminfo("MemTotal"), _limit() or INFINITE)
+    return min(proc_bytes("meminfo", "MemTotal"), _limit() or INFINITE)
 
 
 def _limit() -> int | None:
@@ -139,11 +139,6 @@ def _limit() -> int | None:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return None if text == "max" else int(text)
-
-
-def _meminfo(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
 
 
 def _ranks_here() -> int:

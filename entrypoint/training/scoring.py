@@ -94,9 +94,10 @@ class Scorer:
     def _batches(self, groups: Groups, responses: Int64) -> list[list[int]]:
         """This rank's forward calls; empty ones where another rank has more."""
         cost = Cost(groups, shared=self.shared)
-        alone = ~np.equal(cost.group[responses][1:], cost.group[responses][:-1]) if self.shared else True
-        cuts = np.flatnonzero(np.broadcast_to(alone, max(0, len(responses) - 1))) + 1
-        bundles = [bundle.tolist() for bundle in np.split(responses, cuts) if len(bundle)]
+        bundles = [[r] for r in responses.tolist()]
+        if self.shared:  # a group's together
+            cuts = np.flatnonzero(np.diff(cost.group[responses])) + 1
+            bundles = [bundle.tolist() for bundle in np.split(responses, cuts) if len(bundle)]
         shares = deal([cost.distinct(bundle) for bundle in bundles], self.world.size)
         # Longest first within a rank (deal's own order): without sharing, rows of a batch are of like length.
         batches = [cost.pack([[r] for i in share for r in bundles[i]], self.budget) for share in shares]

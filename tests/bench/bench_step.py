@@ -45,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
 from entrypoint.demo.model import unpack_model
+from entrypoint.training.memory import proc_bytes
 from tests.bench.sides import Ours, Shape, Side, compact, now, stock
 from tests.tiny import tiny_model
 
@@ -305,17 +306,11 @@ def reset_peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
     Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
+    return proc_bytes("self/status", "VmRSS")
 
 
 def read_peak() -> int:
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else status("VmHWM")
-
-
-def status(name: str) -> int:
-    """Bytes of a line of /proc/self/status, which are in kB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else proc_bytes("self/status", "VmHWM")
 
 
 def release() -> None:
