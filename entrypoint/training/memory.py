@@ -6,6 +6,7 @@ answer is kept beside the checkpoints: a restart on such machines cuts its batch
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -100,7 +101,7 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, fl
         except torch.OutOfMemoryError:
             return math.inf, free
         return torch.cuda.max_memory_allocated(device) - before, free
-    gc.collect()  # what is freed while `work` runs would hide what it needs
+    _give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     except OSError:  # a sandbox without it: nothing larger than FIRST is known to fit
@@ -108,6 +109,14 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, fl
     resident, available = proc_bytes("self/status", "VmRSS"), _available()
     work()
     return proc_bytes("self/status", "VmHWM") - resident, available / _ranks_here()
+
+
+def _give_back() -> None:
+    """Return to the system what the process has freed: resident all the same, it would hide what a batch needs."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def proc_bytes(file: str, name: str) -> int:

@@ -75,6 +75,18 @@ def test_no_room_at_all_leaves_the_least(sampler: StepSampler, tmp_path: Path, m
     assert find(sampler, tmp_path, []) == 64
 
 
+def test_memory_that_the_process_has_freed_is_no_room(
+    sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte of small blocks, freed but for the last, stays resident: a batch laid into it would seem to need
+    nothing."""
+    blocks = [np.ones(2**16, np.uint8) for _ in range(2**14)]
+    del blocks[:-1]
+    monkeypatch.setattr(memory, "_available", lambda: 10 * TOKEN)
+    assert find(sampler, tmp_path, []) == 64
+    assert len(blocks) == 1
+
+
 def test_another_run_in_the_same_folder_looks_for_itself(
     sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
