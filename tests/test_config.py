@@ -322,6 +322,7 @@ def test_what_makes_a_run_this_run() -> None:
     free = set(flatten(run)) - set(fingerprint_keys(run))
     assert free == {
         "checkpoint.path", "checkpoint.save_every", "checkpoint.keep", "checkpoint.resume",
+        "checkpoint.mirror", "checkpoint.grace_seconds", "checkpoint.hold_seconds", "checkpoint.max_crashes",
         "output.path", "output.iteration",
         "tracking.mlflow_uri", "tracking.experiment", "tracking.run_name", "tracking.registered_model",
         "data.cache_path", "data.endpoint_url", "model.cache_path",

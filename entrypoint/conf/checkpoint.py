@@ -20,3 +20,22 @@ class Checkpoint:
         "where there is none.",
         choices=("auto", "never", "must"),
     )
+    mirror: str | None = key(
+        None,
+        "s3:// prefix of this run's own; complete checkpoints are copied there in the background, and found there when "
+        "checkpoint.path holds none.",
+    )
+    grace_seconds: int = key(
+        120,
+        "Seconds between the signal to stop and the end of the process: what a save, and its copy, must fit in.",
+        minimum=1,
+    )
+    hold_seconds: int = key(
+        60,
+        "Seconds that a node waits, saved, to be told to stop too, after another was: all pods that end in one instant "
+        "can make the scheduler give the run up.",
+        minimum=0,
+    )
+    max_crashes: int = key(
+        3, "Crashes in a row, without a newer checkpoint between them, after which a restart ends with 64.", minimum=1
+    )
