@@ -1,0 +1,171 @@
+"""Prints chart/values.schema.json:  .venv/bin/python .ci/chart_schema.py  (`make schema` writes the file).
+
+The chart's own keys are typed in chart/values.yaml, above each key, in this order:
+
+    # @schema {minimum: 1}
+    # -- Nodes of the gang, one pod each.
+    nodes: 3
+
+- `# -- …` is the description, for helm-docs and for the schema. Every key that is no group needs one.
+- Without `# @schema` the default says the type: text, integer, boolean, number, or a group (a mapping with keys, which
+  is closed: it has no other keys). A default that says too little ([], {}, null) needs an annotation.
+- `# @schema {…}` is a piece of JSON Schema, laid over what the default says: `{enum: [a, b]}`, `{type: number}`.
+- `# @schema NAME` is one of TYPES below: `# @schema duration`, `# @schema labels`. With `?` behind it the value may be
+  empty ("") too: `# @schema quantity?`. Inside a piece a name stands for its type: `{items: quantity}`.
+- A default of null may be null; everything else is required, so that `key: null`, Helm's way to delete a default, is
+  refused here and not by a template that finds nothing.
+
+`training` is not typed there: it is `python -m entrypoint.schema`, closed at every level. Draft 7, which every Helm 3
+and Helm 4 enforces.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from entrypoint.schema import schema as run_schema  # noqa: E402
+
+VALUES = ROOT / "chart" / "values.yaml"
+TRAINING = "training"
+SAME_TYPE = {str: "string", bool: "boolean", int: "integer", float: "number"}
+
+NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+LABEL_KEY = rf"^({NAME}(\.{NAME})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+TYPES: dict[str, dict[str, Any]] = {
+    "text": {"type": "string", "minLength": 1},
+    "texts": {"type": "array", "items": {"type": "string", "minLength": 1}, "uniqueItems": True},
+    "name": {"type": "string", "pattern": f"^{NAME}$", "maxLength": 63},  # DNS-1123 label
+    "duration": {"type": "string", "pattern": "^([0-9]+(s|m|h))+$"},  # Go's, as far as Kubernetes' APIs take it
+    "quantity": {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$", "minimum": 0},
+    "money": {"type": "number", "minimum": 0},
+    "port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "labelKey": {"type": "string", "pattern": LABEL_KEY},
+    "labels": {
+        "type": "object",
+        "propertyNames": {"pattern": LABEL_KEY},
+        "additionalProperties": {"type": "string", "pattern": LABEL_VALUE},
+    },
+    "annotations": {
+        "type": "object",
+        "propertyNames": {"pattern": LABEL_KEY},
+        "additionalProperties": {"type": "string"},
+    },
+    "quantities": {
+        "type": "object",
+        "additionalProperties": {
+            "type": ["string", "integer"],
+            "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$",
+            "minimum": 0,
+        },
+    },
+    "object": {"type": "object"},  # Kubernetes' own, such as affinity: what it holds is checked when it is rendered
+    "objects": {"type": "array", "items": {"type": "object"}},
+}
+
+
+class Mistyped(Exception):
+    """A key of values.yaml that can't be typed: where, and what to write."""
+
+
+def schema(text: str) -> dict[str, Any]:
+    """The schema of the chart's values.
+
+    Args:
+        text: of values.yaml.
+
+    Raises:
+        Mistyped: a key without a description, a default that doesn't say its type, an unknown type.
+    """
+    lines = text.splitlines()
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise Mistyped("values.yaml: expected keys")
+    found = _group(root, lines, ())
+    training = {name: part for name, part in run_schema().items() if name not in ("$schema", "title")}
+    found["properties"][TRAINING] = {"description": "The run, as the trainer's own schema has it.", **training}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart", **found}
+
+
+def _group(node: yaml.MappingNode, lines: list[str], path: tuple[str, ...]) -> dict[str, Any]:
+    properties = {}
+    required = []
+    for key, value in node.value:
+        here = (*path, key.value)
+        if here == (TRAINING,):
+            properties[key.value] = {}
+        else:
+            properties[key.value] = _value(value, *_comments(lines, key.start_mark.line), lines, here)
+        if yaml.safe_load(yaml.serialize(value)) is not None:
+            required.append(key.value)
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+def _comments(lines: list[str], line: int) -> tuple[str, str, int]:
+    """The description and the annotation above a key, and the key's own line, counted from 1."""
+    above: list[str] = []
+    for before in reversed(lines[:line]):
+        if not before.strip().startswith("#"):
+            break
+        above.insert(0, before.strip().removeprefix("#").strip())
+    starts = [number for number, comment in enumerate(above) if comment.startswith("-- ")]
+    prose = [comment for comment in above[starts[-1] :] if not comment.startswith("@")] if starts else []
+    annotations = [comment.removeprefix("@schema").strip() for comment in above if comment.startswith("@schema")]
+    return " ".join(prose).removeprefix("-- "), " ".join(annotations), line + 1
+
+
+def _value(
+    node: yaml.Node, doc: str, annotation: str, line: int, lines: list[str], path: tuple[str, ...]
+) -> dict[str, Any]:
+    where = f"chart/values.yaml line {line}: {'.'.join(path)}"
+    default = yaml.safe_load(yaml.serialize(node))
+    if isinstance(node, yaml.MappingNode) and node.value and not annotation:
+        return ({"description": doc} if doc else {}) | _group(node, lines, path)
+    if not doc:
+        raise Mistyped(f"{where}: no description; write `# -- …` above it")
+    found = _typed(default, annotation, where)
+    if default is None:
+        found = {"anyOf": [found, {"type": "null"}]}
+    return {"description": doc, **found, "default": default}
+
+
+def _typed(default: Any, annotation: str, where: str) -> dict[str, Any]:
+    if re.fullmatch(r"[A-Za-z]+\??", annotation):
+        found = _named(annotation.removesuffix("?"), where)
+        return {"anyOf": [found, {"const": ""}]} if annotation.endswith("?") else found
+    piece = yaml.safe_load(annotation) if annotation else {}
+    if not isinstance(piece, dict):
+        raise Mistyped(f"{where}: @schema: expected a type's name or {{…}}, got {annotation}")
+    says_type = {"type", "enum", "const", "anyOf", "oneOf"} & set(piece)
+    if not says_type and type(default) in SAME_TYPE:
+        piece = {"type": SAME_TYPE[type(default)], **piece}
+    elif not says_type and isinstance(default, list) and "items" in piece:
+        piece = {"type": "array", **piece}
+    elif not says_type:
+        raise Mistyped(f"{where}: the default {default!r} does not say its type; write `# @schema …` above it")
+    for word in ("items", "additionalProperties"):
+        if isinstance(piece.get(word), str):
+            piece[word] = _named(piece[word], where)
+    return piece
+
+
+def _named(name: str, where: str) -> dict[str, Any]:
+    if name not in TYPES:
+        raise Mistyped(f"{where}: @schema: no type {name}; there are {', '.join(TYPES)}")
+    return dict(TYPES[name])
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(schema(VALUES.read_text(encoding="utf-8")), indent=2, ensure_ascii=False))
+    except Mistyped as error:
+        sys.exit(str(error))
