@@ -19,6 +19,7 @@ UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml 
 
 PYTHON := .venv/bin/python
 SCHEMA := docs/run.schema.json
+CHART_SCHEMA := chart/values.schema.json
 TOOLS := $(notdir $(patsubst %/,%,$(dir $(wildcard .ci/tools/*/go.mod))))
 COMPILE := pip compile --quiet --universal --python-version $(PYTHON_MIN) --generate-hashes --no-emit-index-url --no-header $(if $(strip $(UPGRADE)),--upgrade)
 
@@ -52,7 +53,7 @@ bench-step: setup ## Measure an optimiser step against stock TRL's, some 40 minu
 ##@ Check
 
 .PHONY: test
-test: lint typecheck schema-check tools pytest ## Everything that CI runs.
+test: lint typecheck schema-check tools chart-units pytest ## Everything that CI runs.
 
 .PHONY: lint
 lint: setup ## Style and format.
@@ -69,8 +70,17 @@ typecheck: setup ## mypy --strict over the package.
 	@$(PYTHON) -m mypy --strict entrypoint
 
 .PHONY: schema-check
-schema-check: setup ## Fail if the committed schema is not the one that the dataclasses give.
+schema-check: setup ## Fail if a committed schema is not the one that the dataclasses and chart/values.yaml give.
 	@$(PYTHON) -m entrypoint.schema | diff -u --label "$(SCHEMA) (committed)" --label "generated; make schema writes it" $(SCHEMA) -
+	@$(PYTHON) .ci/chart_schema.py | diff -u --label "$(CHART_SCHEMA) (committed)" --label "generated; make schema writes it" $(CHART_SCHEMA) -
+
+.PHONY: chart-units
+chart-units: tools ## The chart's unit tests, chart/tests/*_test.yaml.
+	@"$$(.ci/tools/build helm-unittest)" --strict chart
+
+.PHONY: chart
+chart: setup schema-check chart-units ## All that is checked of the chart: schema, lint, unit tests, Kubernetes' schemas, docs.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 tests/chart $(PYTEST_ARGS)
 
 # One thread a worker: torch's pools would fight over the cores. `maxschedchunk` keeps a slow test from hiding behind
 # another; loadgroup keeps tests that share a slow server on one worker.
@@ -88,9 +98,15 @@ lock: ## Resolve the dependencies anew: requirements.lock to run, requirements-d
 	.ci/uv $(COMPILE) .ci/tools/go.in --output-file .ci/tools/go.lock
 
 .PHONY: schema
-schema: setup ## Write the JSON Schema of a run file.
+schema: setup ## Write the JSON Schemas of a run file and of the chart's values.
 	@$(PYTHON) -m entrypoint.schema >$(SCHEMA).new
 	@mv $(SCHEMA).new $(SCHEMA)
+	@$(PYTHON) .ci/chart_schema.py >$(CHART_SCHEMA).new
+	@mv $(CHART_SCHEMA).new $(CHART_SCHEMA)
+
+.PHONY: chart-readme
+chart-readme: tools ## Write the chart's README from README.md.gotmpl and the comments of values.yaml.
+	@"$$(.ci/tools/build helm-docs)" --chart-search-root chart --log-level warning
 
 .PHONY: tools
 tools: ## Build the pinned Go tools into the cache, once a pin.

@@ -133,19 +133,17 @@ def _value(
     if not doc:
         raise Mistyped(f"{where}: no description; write `# -- …` above it")
     found = _typed(default, annotation, where)
-    if default is None:
-        found = {"anyOf": [found, {"type": "null"}]}
-    return {"description": doc, **found, "default": default}
+    return {"description": doc, **(_or_null(found) if default is None else found), "default": default}
 
 
 def _typed(default: Any, annotation: str, where: str) -> dict[str, Any]:
     if re.fullmatch(r"[A-Za-z]+\??", annotation):
         found = _named(annotation.removesuffix("?"), where)
-        return {"anyOf": [found, {"const": ""}]} if annotation.endswith("?") else found
+        return _or_empty(found) if annotation.endswith("?") else found
     piece = yaml.safe_load(annotation) if annotation else {}
     if not isinstance(piece, dict):
         raise Mistyped(f"{where}: @schema: expected a type's name or {{…}}, got {annotation}")
-    says_type = {"type", "enum", "const", "anyOf", "oneOf"} & set(piece)
+    says_type = {"type", "enum"} & set(piece)
     if not says_type and type(default) in SAME_TYPE:
         piece = {"type": SAME_TYPE[type(default)], **piece}
     elif not says_type and isinstance(default, list) and "items" in piece:
@@ -156,6 +154,21 @@ def _typed(default: Any, annotation: str, where: str) -> dict[str, Any]:
         if isinstance(piece.get(word), str):
             piece[word] = _named(piece[word], where)
     return piece
+
+
+def _or_empty(found: dict[str, Any]) -> dict[str, Any]:
+    if "pattern" in found:
+        found["pattern"] = f"^$|{found['pattern']}"
+    found.pop("minLength", None)
+    return found
+
+
+def _or_null(found: dict[str, Any]) -> dict[str, Any]:
+    """As lists of types and values, not as alternatives: of those, a refusal would list each."""
+    if "enum" in found:
+        return found | {"enum": [*found["enum"], None]}
+    types = found["type"] if isinstance(found["type"], list) else [found["type"]]
+    return found | {"type": [*types, "null"]}
 
 
 def _named(name: str, where: str) -> dict[str, Any]:
