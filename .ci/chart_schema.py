@@ -11,7 +11,8 @@ The chart's own keys are typed in chart/values.yaml, above each key, in this ord
   is closed: it has no other keys). A default that says too little ([], {}, null) needs an annotation.
 - `# @schema {…}` is a piece of JSON Schema, laid over what the default says: `{enum: [a, b]}`, `{type: number}`.
 - `# @schema NAME` is one of TYPES below: `# @schema duration`, `# @schema labels`. With `?` behind it the value may be
-  empty ("") too: `# @schema quantity?`. Inside a piece a name stands for its type: `{items: quantity}`.
+  empty ("") too: `# @schema quantity?`. Inside a piece a name stands for its type: `{items: quantity}`. The annotation
+  is above the description, which helm-docs takes to go on until the key.
 - A default of null may be null; everything else is required, so that `key: null`, Helm's way to delete a default, is
   refused here and not by a template that finds nothing.
 
@@ -118,8 +119,13 @@ def _comments(lines: list[str], line: int) -> tuple[str, str, int]:
             break
         above.insert(0, before.strip().removeprefix("#").strip())
     starts = [number for number, comment in enumerate(above) if comment.startswith("-- ")]
-    prose = [comment for comment in above[starts[-1] :] if not comment.startswith("@")] if starts else []
+    prose = above[starts[-1] :] if starts else []
+    if any(comment.startswith("@schema") for comment in prose):
+        raise Mistyped(
+            f"chart/values.yaml line {line + 1}: @schema goes above the description; helm-docs prints it else"
+        )
     annotations = [comment.removeprefix("@schema").strip() for comment in above if comment.startswith("@schema")]
+    prose = [comment for comment in prose if not comment.startswith("@")]
     return " ".join(prose).removeprefix("-- "), " ".join(annotations), line + 1
 
 
@@ -150,10 +156,21 @@ def _typed(default: Any, annotation: str, where: str) -> dict[str, Any]:
         piece = {"type": "array", **piece}
     elif not says_type:
         raise Mistyped(f"{where}: the default {default!r} does not say its type; write `# @schema …` above it")
-    for word in ("items", "additionalProperties"):
-        if isinstance(piece.get(word), str):
-            piece[word] = _named(piece[word], where)
-    return piece
+    return dict(_expand(piece, where))
+
+
+def _expand(piece: Any, where: str) -> Any:
+    """`piece` with types in the place of their names."""
+    if isinstance(piece, str):
+        return _named(piece, where)
+    if not isinstance(piece, dict):
+        return piece
+    found = dict(piece)
+    for word in {"items", "additionalProperties", "propertyNames"} & set(piece):
+        found[word] = _expand(piece[word], where)
+    if "properties" in piece:
+        found["properties"] = {name: _expand(part, where) for name, part in piece["properties"].items()}
+    return found
 
 
 def _or_empty(found: dict[str, Any]) -> dict[str, Any]:
