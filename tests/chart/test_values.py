@@ -48,7 +48,7 @@ READS = {path.name: reads(path.read_text(encoding="utf-8")) for path in TEMPLATE
 
 def test_reads_are_found_by_their_full_names() -> None:
     """The lint below would be blind to a value read in a way that this does not see."""
-    text = '{{ if .Values.a.b }}{{ $.Values.c | quote }}{{/* .Values.d */}}{{ fail ".Values.e" }}.Values.f{{ with .Values }}'
+    text = '{{ if .Values.a.b }}{{ $.Values.c | quote }}{{/* .Values.d */}}{{ fail ".Values.e" }}.Values.f{{ .Values }}'
     assert reads(text) == {"a.b", "c", ""}
 
 
