@@ -107,12 +107,12 @@ def inspect(run: Run) -> dict[str, Any]:
     # Preparation never asks for the scores: a second read doesn't either.
     plain = Rules.of(data)
     again = Scan(files, plain.columns, Opener(data.endpoint_url))
-    with _room_to_sort():
+    with room_to_sort():
         with tempfile.TemporaryDirectory() as spill:
             responses = reader.read(Path(spill))
         usable = responses.usable(rules, reader.counts)
         lengths, usable = _lengths(run, usable, again, plain, reader.counts)
-    _count_used(usable, reader.counts)
+    count_used(usable, reader.counts)
     if not reader.counts.train_groups:
         raise reader.counts.no_group_left(", ".join(sources_of(data)))
     return {**_traces(run, files, reader.counts, reader.days), **_numbers(run, responses, usable, lengths)}
@@ -131,7 +131,7 @@ def show(report: dict[str, Any], target: str | None) -> None:
 
 
 @contextmanager
-def _room_to_sort() -> Iterator[None]:
+def room_to_sort() -> Iterator[None]:
     """Name the folder where the block's sorting runs out of room."""
     try:
         with explained("the temporary folder (TMPDIR)", DataError):
@@ -150,7 +150,8 @@ def _lengths(run: Run, usable: Responses, scan: Scan, rules: Rules, counts: Coun
     return tokenizer.count(usable, scan, rules, counts, run.train.max_length)
 
 
-def _count_used(usable: Responses, counts: Counts) -> None:
+def count_used(usable: Responses, counts: Counts) -> None:
+    """Write down in `counts` what of the traces training and evaluation can use."""
     held_out = usable.held_out[usable.starts]
     counts.train_groups, counts.held_out_groups = int((~held_out).sum()), int(held_out.sum())
     counts.train_rows, counts.held_out_rows = int((~usable.held_out).sum()), int(usable.held_out.sum())

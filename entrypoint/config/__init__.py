@@ -30,16 +30,19 @@ __all__ = ["compose", "fingerprint_keys", "flatten", "load", "load_data", "resol
 REQUIRED = ("data.path", "model.path", "output.path")
 
 
-def load(argv: list[str]) -> Run:
+def load(argv: list[str], *, look: bool = True) -> Run:
     """The run that `argv` describes: composed, typed, its default paths filled in and checked.
 
     Warnings go to stderr, of one rank only. `--help`, `--version` and `--cfg job` print and raise SystemExit(0).
+
+    Args:
+        look: whether folders of this machine are looked at; a pod that has not the trainer's volumes does without.
 
     Raises:
         ConfigError: what is wrong, in one line.
     """
     run = resolve(compose(argv))
-    _warn(check(run))
+    _warn(check(run, look=look))
     return run
 
 

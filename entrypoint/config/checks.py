@@ -21,19 +21,20 @@ SMOOTHED = ("robust", "exo_pair")  # TRL's DPO losses, of ours, that read label_
 UNCLIPPED = ("sapo", "vespo")  # TRL's GRPO losses that read no clip range
 
 
-def check(run: Run) -> list[str]:
+def check(run: Run, *, look: bool = True) -> list[str]:
     """Refuse a run whose keys contradict each other, or name places that can't be used; returns warnings.
 
     Args:
         run: composed and resolved (`entrypoint.config.resolve`).
+        look: whether folders of this machine are looked at.
 
     Raises:
         ConfigError: the first contradiction, in one line.
     """
     warnings: list[str] = []
     _check_urls(run, warnings.append)
-    check_places(run)
-    check_data(run.data, run.method.name, warnings.append)
+    check_places(run, look=look)
+    check_data(run.data, run.method.name, warnings.append, look=look)
     {"grpo": _check_grpo, "dpo": _check_dpo}[run.method.name](run, warnings.append)
     _check_train(run.train, warnings.append)
     if run.checkpoint.resume == "never":
@@ -78,13 +79,13 @@ def _check_url(name: str, url: str | None, *, bare: bool) -> None:
         raise ConfigError(f"{name}: expected http(s)://host[:port] and nothing behind it, got {url!r}")
 
 
-def check_data(data: Data, method: str, warn: Callable[[str], None]) -> None:
+def check_data(data: Data, method: str, warn: Callable[[str], None], *, look: bool = True) -> None:
     """Refuse a `data` group that names no traces, contradicts itself or leaves `method` nothing to learn from.
 
     Raises:
         ConfigError: the first contradiction, in one line.
     """
-    check_sources(data)
+    check_sources(data, look=look)
     _check_url("data.endpoint_url", data.endpoint_url, bare=True)
     _check_dates(data)
     _check_columns(data, method, warn)

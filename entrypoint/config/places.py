@@ -21,10 +21,13 @@ def on_first_rank(environ: Mapping[str, str]) -> bool:
     return environ.get("RANK", "0") == "0" and environ.get("NODE_RANK", "0") == "0"
 
 
-def check_places(run: Run) -> None:
+def check_places(run: Run, *, look: bool = True) -> None:
     """Refuse a missing model, addresses that can't be written, and outputs that would end up among the inputs.
 
     What rank 0 alone reads or writes is looked for on its node only.
+
+    Args:
+        look: whether folders of this machine are looked at, or only addresses.
 
     Raises:
         ConfigError: the first such place, in one line.
@@ -40,6 +43,8 @@ def check_places(run: Run) -> None:
     for name, folder in folders.items():
         _check_folder(name, folder, run.output.path)
     _check_apart(run, sources, {"output.path": run.output.path, **folders})
+    if not look:
+        return
     _check_model(run.model.path)
     if on_first_rank(os.environ):
         for name, target in {"output.path": run.output.path, **folders}.items():
@@ -51,7 +56,7 @@ def sources_of(data: Data) -> list[str]:
     return [data.path] if isinstance(data.path, str) else list(data.path)
 
 
-def check_sources(data: Data) -> None:
+def check_sources(data: Data, *, look: bool = True) -> None:
     """Refuse traces that are not there, as far as that shows without opening a connection.
 
     Raises:
@@ -59,7 +64,7 @@ def check_sources(data: Data) -> None:
     """
     for source in sources_of(data):
         _check_address("data.path", source)
-        if on_first_rank(os.environ):
+        if look and on_first_rank(os.environ):
             _check_source(source)
 
 

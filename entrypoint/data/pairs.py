@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from entrypoint.conf.data import Data
 from entrypoint.data.groups import Float64, Groups, Int64
+from entrypoint.errors import DataError
 
 
 class Pairs(NamedTuple):
@@ -50,6 +52,15 @@ def pairs(
         raise ValueError(f"pairing: expected ranked, all or best_worst, got {pairing!r}")
     # Thresholds that overlap would let a response meet one that is no worse, itself included.
     return [pair for pair in found if rewards[pair[0]] > rewards[pair[1]]][:pairs_per_prompt]
+
+
+def no_pair(groups: int, data: Data) -> DataError:
+    """What to raise where none of so many training groups makes a pair."""
+    return DataError(
+        f"data.path: none of the {groups} training groups has a response with a reward >= "
+        f"{data.chosen_threshold} and one < {data.rejected_threshold}: DPO has no pair to train on; "
+        "use method=grpo, or set data.chosen_threshold and data.rejected_threshold by these rewards"
+    )
 
 
 def pairs_of(

@@ -53,12 +53,20 @@ class Unread:
 
 
 class Scan:
-    """The rows of all files, in order. After a pass, `source` says where a row is."""
+    """The rows of all files, in order. After a pass, `source` says where a row is, `rows` how many there are.
 
-    def __init__(self, files: Sequence[TraceFile], columns: Columns, opener: Opener) -> None:
+    Args:
+        most: about how many rows of each file are read, for a sample; None: all.
+    """
+
+    def __init__(
+        self, files: Sequence[TraceFile], columns: Columns, opener: Opener, *, most: int | None = None
+    ) -> None:
         self.files = files
         self.columns = columns
         self.starts: list[int] = []
+        self.rows = 0
+        self._most = most
         self._seen = [0, 0]  # rows that were read, and bytes of their columns
         self._open = opener
 
@@ -87,7 +95,7 @@ class Scan:
             raise DataError(
                 f"{self.files[0].path} and others: changed while they were read; start again when they rest"
             )
-        self.starts = starts
+        self.starts, self.rows = starts, start
 
     @property
     def batch_rows(self) -> int:
@@ -126,7 +134,7 @@ class Scan:
             packed, unpacked, rows = _sizes(metadata.row_group(group), kinds)
             batch_rows = _batch_rows(rows, unpacked)
             self._seen = [self._seen[0] + rows, self._seen[1] + unpacked]
-            whole = packed <= PREFETCH_BYTES
+            whole = packed <= PREFETCH_BYTES and self._most is None
             # A reader for each row group: what a reader has pre-buffered stays in memory until it goes.
             reader = pq.ParquetFile(
                 opened,
@@ -139,6 +147,8 @@ class Scan:
                 columns = normalise(file, batch, kinds, row - start, checked=checked)
                 yield Batch(file, row, batch.num_rows, columns)
                 row += batch.num_rows
+                if self._most is not None and row - start >= self._most:
+                    return
         if row - start != metadata.num_rows:
             raise pa.ArrowInvalid(f"{row - start} rows where the footer says {metadata.num_rows}")
 

@@ -63,7 +63,7 @@ def fetch_model(
     cache = Path(cache_path) if cache_path else Path(tempfile.gettempdir()) / "models"
     with explained(url, ModelError, local=cache):
         fs = filesystem(url, endpoint_url)
-        remote = _list(fs, url, endpoint_url)
+        remote = list_model(fs, url, endpoint_url)
         launch = environ.get(LAUNCH_VARIABLE, str(os.getppid()))
         place = _Place(cache, f"{url.rsplit('/', 1)[-1]}-{remote.key}", launch)
         if not remote.complete(place.folder):
@@ -76,7 +76,7 @@ def fetch_model(
 
 
 @dataclass(frozen=True)
-class _Remote:
+class RemoteModel:
     """What is to be fetched."""
 
     url: str
@@ -109,7 +109,12 @@ class _Place:
         return self.cache / f".{self.name}.{self.launch}.failed"
 
 
-def _list(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> _Remote:
+def list_model(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> RemoteModel:
+    """The files of the model at `url`, an s3:// prefix without a slash at its end.
+
+    Raises:
+        ModelError: one that makes a model is missing.
+    """
     entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in fs.ls(url, detail=True) if entry["type"] == "file"}
     check_names(entries, url)
     index = None
@@ -122,10 +127,10 @@ def _list(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> _Remote
     sizes = {name: int(entries[name]["size"]) for name in sorted(names)}
     versions = [[name, size, str(entries[name].get("ETag"))] for name, size in sizes.items()]
     key = hashlib.sha256(json.dumps([url, endpoint_url, versions]).encode()).hexdigest()[:16]
-    return _Remote(url, sizes, key)
+    return RemoteModel(url, sizes, key)
 
 
-def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
+def _fetch(fs: AbstractFileSystem, remote: RemoteModel, place: _Place) -> None:
     """Fetch what is missing; on failure leave a note, so that the other ranks of this node need not wait."""
     place.cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -143,7 +148,7 @@ def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
         raise
 
 
-def _download(fs: AbstractFileSystem, remote: _Remote, partial: Path) -> None:
+def _download(fs: AbstractFileSystem, remote: RemoteModel, partial: Path) -> None:
     """Fetch each file under a name of its own and rename it: an interrupted fetch goes on where it was."""
     partial.mkdir(exist_ok=True)
     missing = [name for name, size in remote.sizes.items() if _size(partial / name) != size]
@@ -163,7 +168,7 @@ def _download(fs: AbstractFileSystem, remote: _Remote, partial: Path) -> None:
         (partial / stray).unlink()
 
 
-def _check_room(remote: _Remote, place: _Place) -> None:
+def _check_room(remote: RemoteModel, place: _Place) -> None:
     held = sum(_size(place.partial / name) or 0 for name in remote.sizes)
     need, free = sum(remote.sizes.values()) - held, shutil.disk_usage(place.cache).free
     if need > free:
@@ -173,7 +178,7 @@ def _check_room(remote: _Remote, place: _Place) -> None:
         )
 
 
-def _wait(remote: _Remote, place: _Place, stall: float) -> None:
+def _wait(remote: RemoteModel, place: _Place, stall: float) -> None:
     """Wait until the model is there; gives up on a note of failure and when nothing arrives any more."""
     arrived, since = -1, time.monotonic()
     while not remote.complete(place.folder):

@@ -11,11 +11,13 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from entrypoint.errors import ModelError
+
+Header = dict[str, dict[str, Any]]  # of a weights file: tensor name to {dtype, shape, data_offsets}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -77,11 +79,14 @@ def weight_names(names: Collection[str], index: Mapping[str, Any] | None, where:
     return set(shards.values())
 
 
-def check_model(folder: Path, where: str | None = None) -> None:
+def check_model(folder: Path, where: str | None = None) -> dict[str, Header]:
     """Check a model folder without loading it.
 
     Args:
         where: how errors name the folder, where that is not its own path.
+
+    Returns:
+        The headers of its weights files, by name.
 
     Raises:
         ModelError: a missing or torn file, code of its own, quantised weights, or no causal language model.
@@ -91,16 +96,34 @@ def check_model(folder: Path, where: str | None = None) -> None:
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ModelError(f"{where}: {what}; expected a folder or s3:// with a model in Hugging Face's layout")
     names = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    return check_parts(folder, names, lambda name: read_header(folder / name, where), where)
+
+
+def check_parts(folder: Path, names: Collection[str], header: Callable[[str], Header], where: str) -> dict[str, Header]:
+    """Check what makes a model; its weights need not be in `folder`.
+
+    Args:
+        folder: holds the small files (PARTS).
+        names: every file of the model.
+        header: the header of a weights file, by name.
+
+    Returns:
+        The headers of the weights files, by name.
+
+    Raises:
+        ModelError: as `check_model`.
+    """
     check_names(names, where)
     texts = {
         name: read_json(folder / name, where) for name in names if PARTS.fullmatch(name) and name.endswith(".json")
     }
     _check_config(texts["config.json"], where)
     index = texts.get(INDEX)
-    held = {name: set(read_header(folder / name, where)) for name in weight_names(names, index, where)}
+    headers = {name: header(name) for name in sorted(weight_names(names, index, where))}
     for tensor, shard in index["weight_map"].items() if index is not None else ():
-        if tensor not in held[shard]:
+        if tensor not in headers[shard]:
             raise ModelError(f"{where}/{shard}: lacks the tensor {tensor} that {INDEX} promises; copy the model again")
+    return headers
 
 
 def model_identity(folder: Path) -> str:
@@ -143,21 +166,30 @@ def base_dtype(folder: Path) -> str:
     return name
 
 
-def read_header(path: Path, where: str) -> dict[str, dict[str, Any]]:
+def read_header(path: Path, where: str) -> Header:
+    """The header of a local safetensors file; see `header_of`."""
+    with open(path, "rb") as file:
+        return header_of(file, path.stat().st_size, f"{where}/{path.name}")
+
+
+def header_of(file: BinaryIO, size: int, name: str) -> Header:
     """Tensor name to {dtype, shape, data_offsets} of a safetensors file, checked against the file's size.
+
+    Args:
+        file: opened at its start.
+        size: bytes of the whole file.
+        name: how messages call it.
 
     Raises:
         ModelError: the file is torn or no safetensors file.
     """
-    name, size = f"{where}/{path.name}", path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start.startswith(b"version "):
-            raise ModelError(f"{name}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise ModelError(f"{name}: torn: {size} bytes do not hold a safetensors header; copy it again")
-        text = file.read(length)
+    start = file.read(8)
+    if start.startswith(b"version "):
+        raise ModelError(f"{name}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        raise ModelError(f"{name}: torn: {size} bytes do not hold a safetensors header; copy it again")
+    text = file.read(length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)

@@ -54,11 +54,14 @@ def find_output(url: str, endpoint_url: str | None = None) -> dict[str, Any] | N
         return _read(open_target(url, endpoint_url), RUN_FILE)
 
 
-def claim_output(url: str, fingerprint: Any, *, endpoint_url: str | None = None) -> dict[str, Any] | None:
+def claim_output(
+    url: str, fingerprint: Any, *, endpoint_url: str | None = None, partial: bool = False
+) -> dict[str, Any] | None:
     """Make sure, before anything costly, that this run's output can go to `url`, by writing there for a moment.
 
     Args:
         fingerprint: what makes this run this run; anything that JSON can hold.
+        partial: whether `fingerprint` lacks keys that are not known yet; they are not compared.
 
     Returns:
         The run.json of this very run where its output is complete: nothing is left to do. None: it is to be made.
@@ -71,6 +74,8 @@ def claim_output(url: str, fingerprint: Any, *, endpoint_url: str | None = None)
         sizes = target.sizes()
         run = _read(target, RUN_FILE) if RUN_FILE in sizes else None
         owner = run or (_read(target, UNFINISHED) if UNFINISHED in sizes else None)
+        if owner is not None and partial and isinstance(owner.get("fingerprint"), dict):
+            fingerprint = {**owner["fingerprint"], **fingerprint}
         if owner is not None and owner.get("fingerprint") != _plain(fingerprint):
             _refuse_other(url, owner, fingerprint)
         if run is not None and not (damaged := _damaged(run, sizes)):

@@ -15,8 +15,8 @@ from trl import DPOConfig, GRPOConfig
 
 from entrypoint.conf import Checkpoint, Data, Dpo, Grpo, Lora, Run, Train
 from entrypoint.data.groups import Groups
-from entrypoint.data.pairs import pairs_of
-from entrypoint.errors import ConfigError, DataError
+from entrypoint.data.pairs import no_pair, pairs_of
+from entrypoint.errors import ConfigError
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.sharing.support import unsupported
 from entrypoint.training import memory
@@ -51,11 +51,7 @@ def plan(run: Run, groups: Groups, world: World) -> Plan:
     """
     units, without = _units(run.method, run.data, groups)
     if not len(units):
-        raise DataError(
-            f"data.path: none of the {len(groups)} training groups has a response with a reward >= "
-            f"{run.data.chosen_threshold} and one < {run.data.rejected_threshold}: DPO has no pair to train on; "
-            "use method=grpo, or set data.chosen_threshold and data.rejected_threshold by these rewards"
-        )
+        raise no_pair(len(groups), run.data)
     train: Train = run.train
     sampler = StepSampler(
         groups,

@@ -1,0 +1,1 @@
+"""What can be known before GPU nodes are asked for."""

@@ -1,0 +1,95 @@
+"""The base model, looked at without its weights: the small files, and the header of each safetensors file."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+from entrypoint.conf import Lora, Model
+from entrypoint.errors import ModelError
+from entrypoint.model.fetch import list_model
+from entrypoint.model.folder import PARTS, Header, check_model, check_parts, header_of
+from entrypoint.storage import explained, filesystem, is_s3, local_path
+
+BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments, all in fp32
+FIRST_BYTES = 1 << 20  # asked of a weights file on S3 at once; most headers are shorter
+# Tables of embeddings and the output layer: matrices to which a LoRA adapter adds nothing.
+NOT_LINEAR = re.compile(r"embed|lm_head|wte|wpe|output\.weight$")
+
+
+class BaseModel:
+    """The model at `model.path`; what is looked at is looked at once."""
+
+    def __init__(self, model: Model, endpoint_url: str | None) -> None:
+        self._lora = model.lora
+        self._path = model.path
+        self._endpoint_url = endpoint_url
+
+    def check(self) -> str:
+        """What to say of the model.
+
+        Raises:
+            ModelError: it can't be read or can't be trained.
+        """
+        sizes, headers = self._looked_at
+        count = sum(_parameters(header) for header in headers.values())
+        return f"{self._path}: {len(sizes)} files, {gigabytes(sum(sizes.values()))}, {count:,} parameters"
+
+    @property
+    def saved_bytes(self) -> int:
+        """About what a checkpoint of the run has to hold.
+
+        Raises:
+            ModelError: as `check`.
+        """
+        headers = self._looked_at[1].values()
+        count = sum(_adapter(header, self._lora) if self._lora.enabled else _parameters(header) for header in headers)
+        return BYTES_A_PARAMETER * count
+
+    @cached_property
+    def _looked_at(self) -> tuple[dict[str, int], dict[str, Header]]:
+        """Every file's bytes, and the headers of those with weights."""
+        from entrypoint.data.tokens import load_tokenizer  # imports transformers, as the look at config.json does
+
+        if not is_s3(self._path):
+            folder = local_path(self._path)
+            with explained(self._path, ModelError):
+                headers = check_model(folder, self._path)
+                names = [path for path in folder.iterdir() if PARTS.fullmatch(path.name) or path.name in headers]
+                sizes = {path.name: path.stat().st_size for path in names}
+            load_tokenizer(folder)
+            return sizes, headers
+        url = self._path.rstrip("/")
+        with tempfile.TemporaryDirectory() as cache:
+            folder = Path(cache)
+            with explained(url, ModelError, local=folder):
+                fs = filesystem(url, self._endpoint_url)
+                remote = list_model(fs, url, self._endpoint_url)
+                small = [name for name in remote.sizes if PARTS.fullmatch(name)]
+                fs.get([f"{url}/{name}" for name in small], [str(folder / name) for name in small])
+
+                def header(name: str) -> Header:
+                    with fs.open(f"{url}/{name}", "rb", block_size=FIRST_BYTES) as file:
+                        return header_of(file, remote.sizes[name], f"{url}/{name}")
+
+                headers = check_parts(folder, remote.sizes, header, url)
+            load_tokenizer(folder)
+        return remote.sizes, headers
+
+
+def gigabytes(size: float) -> str:
+    """`65.5 GB`, or in MB where that says more."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _parameters(header: Header) -> int:
+    return sum(math.prod(tensor["shape"]) for tensor in header.values())
+
+
+def _adapter(header: Header, lora: Lora) -> int:
+    """Parameters of an adapter on every linear layer: rank x (in + out) each."""
+    matrices = [tensor["shape"] for name, tensor in header.items() if not NOT_LINEAR.search(name)]
+    return sum(lora.rank * sum(shape) for shape in matrices if len(shape) == 2)

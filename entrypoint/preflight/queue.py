@@ -1,0 +1,119 @@
+"""The Volcano Queue of the run, waited for until it is Open, and a scheduler that can never scale from zero nodes.
+
+Volcano's webhook refuses a Job whose Queue is not Open, and a Queue is made some 10 to 50 ms before it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from entrypoint.errors import ConfigError
+from entrypoint.preflight.kubernetes import Answer, Cluster, Unreachable
+
+SCHEDULER_CONFIG = "volcano-system/volcano-scheduler-configmap"  # of Volcano's own chart
+QUEUES = "/apis/scheduling.volcano.sh/v1beta1/queues"
+POLL = 0.25  # seconds
+ROLES_LAG = 10.0  # seconds that a role made a moment ago may take to be known to the API server
+# Plugins that refuse a gang larger than what the cluster has now, when the action `enqueue` asks them.
+VOTERS = ("overcommit", "proportion", "capacity")
+
+
+def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Callable[[str], None]) -> str:
+    """Wait until the Queue is Open; returns what to say of it.
+
+    Args:
+        scheduler_config: namespace/name of Volcano's ConfigMap; judged where the account may read it.
+        waiting: told what is being waited for.
+
+    Raises:
+        ConfigError: it will not open by itself, or the scheduler can't start a gang from zero nodes.
+    """
+    began = time.monotonic()
+    while not _is_open(cluster, name, waiting, patient=time.monotonic() - began < ROLES_LAG):
+        time.sleep(POLL)
+    waited = time.monotonic() - began
+    return f"{name} is Open after {waited:.1f} s; {_judge_scheduler(cluster, scheduler_config)}"
+
+
+def _is_open(cluster: Cluster, name: str, waiting: Callable[[str], None], *, patient: bool) -> bool:
+    try:
+        answer = cluster.get(f"{QUEUES}/{quote(name, safe='')}")
+    except Unreachable as error:  # a network policy may be in force later than its pod
+        waiting(f"the Kubernetes API at {cluster.address} can't be reached ({error})")
+        return False
+    if answer.status == 200:
+        state = str((answer.content.get("status") or {}).get("state") or "")
+        if state in ("Closed", "Closing"):
+            raise ConfigError(
+                f"Queue {name}: is {state}; open it (vcctl queue operate -a open -n {name}) or name another"
+            )
+        waiting(f"Queue {name} has state {state!r}, expected Open; look at Volcano's controller")
+        return state == "Open"
+    if answer.status in (401, 403) and patient:
+        waiting(f"Queue {name}: the pod's account may not read it yet ({answer.message})")
+        return False
+    if answer.status >= 500 or answer.status == 429:
+        waiting(f"the Kubernetes API answers {answer.status} ({answer.message})")
+        return False
+    raise _refusal(name, answer)
+
+
+def _refusal(name: str, answer: Answer) -> ConfigError:
+    if answer.status in (401, 403):
+        return ConfigError(
+            f"Queue {name}: the pod's account may not read it ({answer.message}); "
+            "grant get on queues.scheduling.volcano.sh"
+        )
+    if answer.status == 404 and not answer.content:  # the API server knows no such kind
+        return ConfigError(f"Queue {name}: the cluster has no Queues; install Volcano 1.12 or later")
+    if answer.status == 404:
+        return ConfigError(f"Queue {name}: there is none; create it, or name one that exists")
+    return ConfigError(f"Queue {name}: the Kubernetes API answers {answer.status} ({answer.message})")
+
+
+def _judge_scheduler(cluster: Cluster, place: str) -> str:
+    """Refuse a configuration that can't scale from zero; says whether one was seen."""
+    namespace, _, name = place.partition("/")
+    try:
+        answer = cluster.get(f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{quote(name, safe='')}")
+    except Unreachable:
+        answer = Answer(0, {})
+    if answer.status != 200:
+        return f"Volcano's scheduler configuration was not looked at ({place}: {answer.status or 'no answer'})"
+    for key, text in (answer.content.get("data") or {}).items():
+        if key.endswith(".conf") and (voters := voters_of(str(text))):
+            raise ConfigError(
+                f"ConfigMap {place}: this Volcano never scales from zero nodes: the action enqueue asks "
+                f"{', '.join(voters)}, which refuse a gang that is larger than the cluster is now; write "
+                f'actions: "allocate, backfill", or enableJobEnqueued: false beside {" and ".join(voters)}'
+            )
+    return "its scheduler can start from zero nodes"
+
+
+def voters_of(text: str) -> list[str]:
+    """The plugins that keep a gang out of a cluster without nodes, by volcano-scheduler.conf; empty: none does.
+
+    Tiers vote in turn: within one a refusal wins, and the plugin `sla` in an earlier one lets a gang in after a while.
+    """
+    try:
+        config: Any = yaml.safe_load(text)
+        actions = [action.strip() for action in str(config["actions"]).split(",")]
+        tiers = [
+            [plugin["name"] for plugin in tier["plugins"] if plugin.get("enableJobEnqueued", True) is not False]
+            for tier in config["tiers"]
+        ]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return []  # not a configuration that the scheduler takes: it has one of its own then
+    if "enqueue" not in actions:
+        return []
+    found: list[str] = []
+    for asked in tiers:
+        found += [name for name in asked if name in VOTERS]
+        if "sla" in asked and not found:
+            return []
+    return found
