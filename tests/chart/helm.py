@@ -29,11 +29,13 @@ def _home() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="helm-")  # goes when this process does
 
 
-def run(name: str, *arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Go tool in the repository's root, without a cluster."""
+def run(
+    name: str, *arguments: str | Path, stdin: str | None = None, kubeconfig: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Go tool in the repository's root, without a cluster unless `kubeconfig` names one."""
     home = _home().name
     environment = scrubbed({f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")})
-    environment["KUBECONFIG"] = f"{home}/none"
+    environment["KUBECONFIG"] = str(kubeconfig or f"{home}/none")
     return subprocess.run(
         [tool(name), *arguments], cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True, check=False
     )

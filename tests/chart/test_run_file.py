@@ -188,7 +188,7 @@ def awkward(value: Any) -> bool:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_what_is_written_reaches_the_trainer_or_is_refused(helm: str, method: str, data: st.DataObject) -> None:
-    """All keys of a run at once; those that are refused are taken out, by the name in the refusal, till the rest passes."""
+    """All keys of a run at once; what is refused is taken out, by the name in the refusal, until the rest passes."""
     drawn = data.draw(st.fixed_dictionaries({name: values_of(key) for name, key in keys(method).items()}))
     written = {**drawn, "method.name": method}
     while True:

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,11 +51,13 @@ def test_every_group_is_closed() -> None:
     [("template", "run-042"), ("install", "run-042", "--dry-run=client"), ("lint", "--strict")],
     ids=lambda command: command[0],
 )
-def test_a_misspelt_key_anywhere_is_refused_with_its_path(values: Any, helm: str, command: tuple[str, ...]) -> None:
+def test_a_misspelt_key_anywhere_is_refused_with_its_path(
+    values: Path, helm: str, command: tuple[str, ...], kubeconfig: Path
+) -> None:
     """One in each group of the run at once: each is named."""
     places = [f"training.{group}" for group in groups(values.stem)] + ["training", "nodePool", "storage.fsx"]
     settings = [word for place in places for word in ("--set", f"{place}.misspelt=1")]
-    done = run(helm, *command, CHART, "-f", values, *settings)
+    done = run(helm, *command, CHART, "-f", values, *settings, kubeconfig=kubeconfig)
     assert done.returncode != 0
     refused = re.findall(r"at '/?([^']*)': additional properties 'misspelt' not allowed", done.stdout + done.stderr)
     assert {place.replace("/", ".") for place in refused} == {*places}
@@ -80,7 +83,7 @@ def test_a_wrong_value_is_refused_with_its_path(helm: str, setting: str, said: s
 
 @pytest.mark.parametrize("helm", HELMS)
 @pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
-def test_a_values_file_passes_the_strict_lint(helm: str, path: Any) -> None:
+def test_a_values_file_passes_the_strict_lint(helm: str, path: Path) -> None:
     done = run(helm, "lint", "--strict", CHART, "-f", path)
     assert done.returncode == 0, done.stdout
     assert "[WARNING]" not in done.stdout + done.stderr
