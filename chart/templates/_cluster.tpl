@@ -1,0 +1,129 @@
+{{/* What the cluster must have, asked where there is one: a real API server serves apiregistration.k8s.io, the set that
+`helm template` and `helm lint` assume does not have it. */}}
+{{- define "tuning.cluster.validate" -}}
+{{- if .Capabilities.APIVersions.Has "apiregistration.k8s.io/v1" -}}
+{{- include "tuning.cluster.kinds" . -}}
+{{- include "tuning.cluster.subnet" . -}}
+{{- if .Values.clusterChecks.enabled -}}
+{{- if .Values.nodePool.create -}}
+{{- include "tuning.cluster.scheduler" . -}}
+{{- else -}}
+{{- include "tuning.cluster.slots" . -}}
+{{- end -}}
+{{- include "tuning.cluster.storage" . -}}
+{{- include "tuning.cluster.account" . -}}
+{{- end -}}
+{{- if .Release.IsUpgrade -}}
+{{- include "tuning.cluster.unchanged" . -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "tuning.cluster.kinds" -}}
+{{- $kinds := dict "batch.volcano.sh/v1alpha1/Job" "install Volcano 1.12 or later" "scheduling.volcano.sh/v1beta1/Queue" "install Volcano 1.12 or later" -}}
+{{- if .Values.nodePool.create -}}
+{{- $_ := set $kinds "karpenter.sh/v1/NodePool" "install Karpenter 1.5 or later, or write nodePool.create: false" -}}
+{{- if .Values.nodeClass.create -}}
+{{- $_ := set $kinds "karpenter.k8s.aws/v1/EC2NodeClass" "install Karpenter 1.5 or later for AWS, or write nodeClass.create: false" -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.podMonitor.enabled -}}
+{{- $_ := set $kinds "monitoring.coreos.com/v1/PodMonitor" "install the Prometheus operator, or write podMonitor.enabled: false" -}}
+{{- end -}}
+{{- range $kind, $remedy := $kinds -}}
+{{- if not ($.Capabilities.APIVersions.Has $kind) -}}
+{{- fail (printf "cluster: got no %s, expected its definition to be installed; %s" $kind $remedy) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "tuning.cluster.subnet" -}}
+{{- $fsx := .Values.storage.fsx -}}
+{{- if and (eq (include "tuning.storage.mode" .) "dynamic") (not (and $fsx.subnetId $fsx.securityGroupIds)) -}}
+{{- fail "storage.fsx: got no subnetId or no securityGroupIds, expected both to make a file system; give them, or storage.existingClaim" -}}
+{{- end -}}
+{{- end }}
+
+{{/* The action enqueue lets no pod be made before the cluster could hold the gang; with no pod no node is bought. */}}
+{{- define "tuning.cluster.scheduler" -}}
+{{- $checks := .Values.clusterChecks -}}
+{{- $found := lookup "v1" "ConfigMap" $checks.volcanoNamespace $checks.volcanoConfigMap -}}
+{{- $config := dig "data" "volcano-scheduler.conf" "" $found | fromYaml -}}
+{{- $votes := list -}}
+{{- $waits := false -}}
+{{- range $tier := get $config "tiers" -}}
+{{- range $plugin := get $tier "plugins" -}}
+{{- if ne (toString (get $plugin "enableJobEnqueued")) "false" -}}
+{{- if has $plugin.name (list "overcommit" "proportion" "capacity") -}}
+{{- $votes = append $votes $plugin.name -}}
+{{- else if and (eq $plugin.name "sla") (not $votes) -}}
+{{- $waits = true -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (contains "enqueue" (get $config "actions" | toString)) $votes (not $waits) -}}
+{{- fail (printf "ConfigMap %s/%s: got actions %q with %s, which never let a gang start from zero nodes; write actions: \"allocate, backfill\", or enableJobEnqueued: false beside %s" $checks.volcanoNamespace $checks.volcanoConfigMap $config.actions (join ", " $votes) (join " and " $votes)) -}}
+{{- end -}}
+{{- end }}
+
+{{/* A pool that is there gives nodes to slots only if it names their label. */}}
+{{- define "tuning.cluster.slots" -}}
+{{- $label := .Values.gang.slotLabel -}}
+{{- if and $label (.Capabilities.APIVersions.Has "karpenter.sh/v1/NodePool") -}}
+{{- $keys := list -}}
+{{- range (lookup "karpenter.sh/v1" "NodePool" "" "").items -}}
+{{- range .spec.template.spec.requirements -}}{{- $keys = append $keys .key -}}{{- end -}}
+{{- end -}}
+{{- if not (has $label $keys) -}}
+{{- fail (printf "gang.slotLabel: got %s, which no NodePool requires: the pods would wait for ever; add {key: %s, operator: Exists} to its requirements, or write slotLabel: \"\"" $label $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "tuning.cluster.storage" -}}
+{{- $mode := include "tuning.storage.mode" . -}}
+{{- $claim := .Values.storage.existingClaim -}}
+{{- if $claim -}}
+{{- $found := lookup "v1" "PersistentVolumeClaim" .Release.Namespace $claim -}}
+{{- if not $found -}}
+{{- fail (printf "storage.existingClaim: got %s, expected a claim of namespace %s; create it, or name another" $claim .Release.Namespace) -}}
+{{- end -}}
+{{- if and (gt (int .Values.nodes) 1) (not (has "ReadWriteMany" $found.spec.accessModes)) -}}
+{{- fail (printf "storage.existingClaim: got %s with %s, expected ReadWriteMany for %d nodes; use another claim" $claim (join ", " $found.spec.accessModes) (int .Values.nodes)) -}}
+{{- end -}}
+{{- end -}}
+{{- if has $mode (list "static" "dynamic") -}}
+{{- $driver := lookup "storage.k8s.io/v1" "CSIDriver" "" "fsx.csi.aws.com" -}}
+{{- if not $driver -}}
+{{- fail "cluster: got no CSIDriver fsx.csi.aws.com, expected the FSx CSI driver; install aws-fsx-csi-driver 1.9 or later, or give storage.existingClaim" -}}
+{{- end -}}
+{{- if and (eq $mode "dynamic") (ne (dig "spec" "fsGroupPolicy" "" $driver) "File") -}}
+{{- fail (printf "CSIDriver fsx.csi.aws.com: got fsGroupPolicy %q, expected File: a new file system is root's, and the pods run as user %d; set it in the driver's chart" (dig "spec" "fsGroupPolicy" "" $driver) (int .Values.security.runAsUser)) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "tuning.cluster.account" -}}
+{{- $account := .Values.serviceAccount -}}
+{{- if and (not $account.create) (not (lookup "v1" "ServiceAccount" .Release.Namespace $account.name)) -}}
+{{- fail (printf "serviceAccount.name: got %s, expected an account of namespace %s; create it, or write serviceAccount.create: true" $account.name .Release.Namespace) -}}
+{{- end -}}
+{{- end }}
+
+{{/* One release is one run. */}}
+{{- define "tuning.cluster.unchanged" -}}
+{{- $job := lookup "batch.volcano.sh/v1alpha1" "Job" .Release.Namespace .Release.Name -}}
+{{- if not $job -}}
+{{- fail (printf "upgrade: got no Job %s: the run has ended, and an upgrade would start it anew; uninstall the release, or install another" .Release.Name) -}}
+{{- end -}}
+{{- $annotations := dig "metadata" "annotations" (dict) $job -}}
+{{- if ne (get $annotations "preference-tuning/frozen") (include "tuning.frozen" . | sha256sum) -}}
+{{- $before := get $annotations "preference-tuning/values" | fromJson -}}
+{{- $differ := list -}}
+{{- range $key, $hash := include "tuning.frozen.values" . | fromJson -}}
+{{- if ne $hash (get $before $key | toString) -}}{{- $differ = append $differ $key -}}{{- end -}}
+{{- end -}}
+{{- fail (printf "upgrade: got another run than %s has (%s), expected the same: a Volcano Job, its queue and its storage can't be changed; install a new release with a name of its own" .Release.Name (join ", " $differ | default "the chart's version")) -}}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,40 @@
+{{/* A checkpoint holds weights and both moments of AdamW in fp32: 12 bytes a trained parameter. */}}
+{{- define "tuning.save.GB" -}}
+{{ mulf .Values.storage.trainedBillions 12 | printf "%.0f" }}
+{{- end }}
+
+{{- define "tuning.save.MBps" -}}
+{{ divf (mulf .Values.storage.fsx.capacityGiB .Values.storage.fsx.throughputPerTiB) 1024 | printf "%.0f" }}
+{{- end }}
+
+{{- define "tuning.save.speed" -}}
+{{ divf .Values.storage.fsx.capacityGiB 1024 | printf "%.1f" }} TiB x {{ int .Values.storage.fsx.throughputPerTiB }} MB/s for each = {{ include "tuning.save.MBps" . }} MB/s
+{{- end }}
+
+{{- define "tuning.save.seconds" -}}
+{{ divf (mulf .Values.storage.trainedBillions 12000) (include "tuning.save.MBps" . | float64) | printf "%.0f" }}
+{{- end }}
+
+{{/* Dollars for the GPUs of a run; takes {root, end: low or high}. */}}
+{{- define "tuning.cost.gpus" -}}
+{{- $cost := .root.Values.cost -}}
+{{ mulf .root.Values.nodes .root.Values.gpusPerNode (get $cost.gpuHour .end) (get $cost.hours .end) }}
+{{- end }}
+
+{{/* Dollars for the file system that comes with the release, while a run lasts; a month has 730 hours. */}}
+{{- define "tuning.cost.fsx" -}}
+{{- if eq (include "tuning.storage.mode" .root) "dynamic" -}}
+{{ divf (mulf .root.Values.storage.fsx.capacityGiB .root.Values.cost.fsxGBMonth (get .root.Values.cost.hours .end)) 730 }}
+{{- else -}}
+0
+{{- end -}}
+{{- end }}
+
+{{/* Dollars for a month of one checkpoint (12 bytes a trained parameter) and the model (2 bytes) on S3. */}}
+{{- define "tuning.cost.s3" -}}
+{{ mulf .root.Values.storage.trainedBillions 14 .root.Values.cost.s3GBMonth }}
+{{- end }}
+
+{{- define "tuning.cost.run" -}}
+{{ addf (include "tuning.cost.gpus" . | float64) (include "tuning.cost.fsx" . | float64) (include "tuning.cost.s3" . | float64) }}
+{{- end }}

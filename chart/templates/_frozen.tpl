@@ -1,0 +1,15 @@
+{{/* Everything of a release that an upgrade can't change: the Job, the Queue and the storage. */}}
+{{- define "tuning.frozen" -}}
+{{- include "tuning.job" . -}}
+{{- if not .Values.queue.existing -}}{{ include "tuning.queue" . }}{{- end -}}
+{{- omit .Values.storage "keep" "trainedBillions" "saveSeconds" | toJson -}}
+{{- end }}
+
+{{/* A hash for each key of the values, kept with the Job so that a refusal can name those that differ. */}}
+{{- define "tuning.frozen.values" -}}
+{{- $hashes := dict -}}
+{{- range $key, $value := .Values -}}
+{{- $_ := set $hashes $key (toJson $value | sha256sum | trunc 8) -}}
+{{- end -}}
+{{ toJson $hashes }}
+{{- end }}

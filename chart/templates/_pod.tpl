@@ -1,0 +1,179 @@
+{{/* The pod of one slot; takes {root, slot}. */}}
+{{- define "tuning.pod" -}}
+{{- $root := .root -}}
+{{- $values := $root.Values -}}
+metadata:
+  labels:
+    {{- include "tuning.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: trainer
+    {{- if $values.podLabels }}
+    {{- toYaml $values.podLabels | nindent 4 }}
+    {{- end }}
+  {{- if $values.podAnnotations }}
+  annotations: {{- toYaml $values.podAnnotations | nindent 4 }}
+  {{- end }}
+spec:
+  {{- include "tuning.pod.identity" $root | nindent 2 }}
+  automountServiceAccountToken: false
+  restartPolicy: Never
+  terminationGracePeriodSeconds: {{ int $values.gang.gracePeriodSeconds }}
+  nodeSelector: {{- include "tuning.pod.nodeSelector" (dict "root" $root "slot" $.slot) | nindent 4 }}
+  tolerations: {{- concat (ternary $values.nodePool.taints list $values.nodePool.create | include "tuning.pod.tolerations" | fromYamlArray) $values.tolerations | toYaml | nindent 4 }}
+  {{- if $values.affinity }}
+  affinity: {{- toYaml $values.affinity | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: trainer
+      image: {{ include "tuning.image" (dict "root" $root "image" $values.image) | quote }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      command: [python, -m, entrypoint, --config-dir, /etc/run, --config-name, run]
+      env: {{- include "tuning.pod.env" (dict "root" $root "chart" (include "tuning.pod.gang.env" (dict "root" $root "slot" $.slot))) | nindent 8 }}
+      {{- if $values.envFrom }}
+      envFrom: {{- toYaml $values.envFrom | nindent 8 }}
+      {{- end }}
+      {{- if $values.podMonitor.enabled }}
+      ports:
+        - name: metrics
+          containerPort: {{ int $values.podMonitor.port }}
+      {{- end }}
+      resources:
+        requests: {{- include "tuning.pod.resources" $root | nindent 10 }}
+        limits: {{- include "tuning.pod.resources" $root | nindent 10 }}
+      securityContext: {{- include "tuning.container.security" $root | nindent 8 }}
+      volumeMounts: {{- include "tuning.pod.mounts" $root | nindent 8 }}
+        - name: shm
+          mountPath: /dev/shm
+  volumes: {{- include "tuning.pod.volumes" (dict "root" $root "run" (include "tuning.run.configMap" $root) "claim" (include "tuning.storage.claim" $root) "tmpGiB" $values.resources.scratchGiB) | nindent 4 }}
+    - name: shm
+      emptyDir:
+        medium: Memory
+        sizeLimit: {{ int $values.resources.sharedMemoryGiB }}Gi
+{{- end }}
+
+{{/* Who a pod is; Pod Security "restricted". */}}
+{{- define "tuning.pod.identity" -}}
+serviceAccountName: {{ include "tuning.serviceAccount.name" . | quote }}
+enableServiceLinks: false
+{{- if .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range .Values.image.pullSecrets }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ int .Values.security.runAsUser }}
+  runAsGroup: {{ int .Values.security.runAsGroup }}
+  fsGroup: {{ int .Values.security.fsGroup }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+{{- end }}
+
+{{- define "tuning.container.security" -}}
+allowPrivilegeEscalation: false
+capabilities:
+  drop: [ALL]
+readOnlyRootFilesystem: true
+{{- end }}
+
+{{/* The node made for this slot of this run. Without the slot, a pod that lost its node looks to Karpenter as if it
+fitted beside another that waits, and no node is made. */}}
+{{- define "tuning.pod.nodeSelector" -}}
+{{- $labels := dict -}}
+{{- if .root.Values.nodePool.create -}}
+{{- $_ := set $labels "karpenter.sh/nodepool" (include "tuning.cluster.name" .root) -}}
+{{- end -}}
+{{- if .root.Values.gang.slotLabel -}}
+{{- $_ := set $labels .root.Values.gang.slotLabel (toString .slot) -}}
+{{- end -}}
+{{ toYaml (merge $labels .root.Values.nodeSelector) }}
+{{- end }}
+
+{{/* Takes a list of taints. */}}
+{{- define "tuning.pod.tolerations" -}}
+{{- range . }}
+- key: {{ .key | quote }}
+  effect: {{ .effect }}
+  {{- if hasKey . "value" }}
+  operator: Equal
+  value: {{ .value | quote }}
+  {{- else }}
+  operator: Exists
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Environment of every container, then `chart` (a YAML list), then extraEnv, which wins; takes {root, chart}. */}}
+{{- define "tuning.pod.env" -}}
+{{- $given := list -}}
+{{- range .root.Values.extraEnv -}}{{- $given = append $given .name -}}{{- end -}}
+{{- $env := list (dict "name" "RUN_NAME" "value" .root.Release.Name) (dict "name" "HOME" "value" "/tmp") -}}
+{{- range concat $env (fromYamlArray .chart) -}}
+{{- if not (has .name $given) }}
+- {{ toJson . }}
+{{- end -}}
+{{- end -}}
+{{- range .root.Values.extraEnv }}
+- {{ toRawJson . }}
+{{- end -}}
+{{- end }}
+
+{{/* Where the ranks meet and how NCCL reaches the others; takes {root, slot}. */}}
+{{- define "tuning.pod.gang.env" -}}
+{{- $name := .root.Release.Name -}}
+{{- $gpus := int .root.Values.gpusPerNode -}}
+- {name: NNODES, value: {{ int .root.Values.nodes | quote }}}
+- {name: NODE_RANK, value: {{ .slot | quote }}}
+{{- if gt (int .root.Values.nodes) 1 }}
+- {name: MASTER_ADDR, value: {{ printf "%s-node0-0.%s" $name $name | quote }}}
+- {name: MASTER_PORT, value: "29500"}
+- {name: GLOO_SOCKET_IFNAME, value: eth0}
+{{- end }}
+- {name: LOCAL_WORLD_SIZE, value: {{ max 1 $gpus | quote }}}
+- {name: RESTART_COUNT, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['volcano.sh/job-retry-count']"}}}
+{{- if $gpus }}
+- {name: NCCL_DEBUG, value: WARN}
+- {name: NCCL_SOCKET_IFNAME, value: "^lo,docker,veth"}
+- {name: TORCH_NCCL_ASYNC_ERROR_HANDLING, value: "1"}
+- {name: TORCH_NCCL_DUMP_ON_TIMEOUT, value: "1"}
+- {name: TORCH_NCCL_TRACE_BUFFER_SIZE, value: "20000"}
+{{- end }}
+{{- if ne (include "tuning.pod.efa" .root) "0" }}
+- {name: FI_EFA_USE_HUGE_PAGE, value: "0"}
+{{- end }}
+{{- end }}
+
+{{- define "tuning.pod.mounts" -}}
+- name: run
+  mountPath: /etc/run
+  readOnly: true
+- name: storage
+  mountPath: {{ .Values.storage.mountPath | quote }}
+- name: tmp
+  mountPath: /tmp
+{{- range .Values.extraVolumeMounts }}
+- {{ toRawJson . }}
+{{- end }}
+{{- end }}
+
+{{/* Takes {root, run: the ConfigMap, claim: "" for the node's disk, tmpGiB}. */}}
+{{- define "tuning.pod.volumes" -}}
+- name: run
+  configMap:
+    name: {{ .run | quote }}
+- name: storage
+  {{- if and .claim (ne (include "tuning.storage.mode" .root) "ephemeral") }}
+  persistentVolumeClaim:
+    claimName: {{ .claim | quote }}
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ int .root.Values.storage.ephemeral.sizeGiB }}Gi
+  {{- end }}
+- name: tmp
+  emptyDir:
+    sizeLimit: {{ int .tmpGiB }}Gi
+{{- range .root.Values.extraVolumes }}
+- {{ toRawJson . }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,54 @@
+{{/* preflight's Job; takes {root, run: its ConfigMap, claim: "" where the storage is not there yet, queue: whether it
+waits for the queue}. */}}
+{{- define "tuning.preflight.job" -}}
+{{- $root := .root -}}
+{{- $checks := $root.Values.preflight.checks -}}
+{{- if or (not .claim) (eq (include "tuning.storage.mode" $root) "ephemeral") -}}
+{{- $checks = without $checks "checkpoint" -}}
+{{- end -}}
+backoffLimit: 0
+activeDeadlineSeconds: {{ add (int $root.Values.preflight.deadlineSeconds) 10 }}
+template:
+  metadata:
+    labels:
+      {{- include "tuning.selector" $root | nindent 6 }}
+      app.kubernetes.io/component: preflight
+  spec:
+    {{- include "tuning.pod.identity" $root | nindent 4 }}
+    automountServiceAccountToken: {{ .queue }}
+    restartPolicy: Never
+    {{- if $root.Values.preflight.nodeSelector }}
+    nodeSelector: {{- toYaml $root.Values.preflight.nodeSelector | nindent 6 }}
+    {{- end }}
+    {{- if $root.Values.preflight.tolerations }}
+    tolerations: {{- toYaml $root.Values.preflight.tolerations | nindent 6 }}
+    {{- end }}
+    containers:
+      - name: preflight
+        image: {{ include "tuning.image" (dict "root" $root "image" $root.Values.preflight.image) | quote }}
+        imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+        command: [python, -m, entrypoint.preflight, --config-dir, /etc/run, --config-name, run]
+        args:
+          - --checks={{ join "," $checks }}
+          - --deadline={{ int $root.Values.preflight.deadlineSeconds }}
+          {{- if .queue }}
+          - --queue={{ include "tuning.queue.name" $root }}
+          - --scheduler-config={{ $root.Values.clusterChecks.volcanoNamespace }}/{{ $root.Values.clusterChecks.volcanoConfigMap }}
+          {{- end }}
+        env: {{- include "tuning.pod.env" (dict "root" $root "chart" "[]") | nindent 10 }}
+        {{- if $root.Values.envFrom }}
+        envFrom: {{- toYaml $root.Values.envFrom | nindent 10 }}
+        {{- end }}
+        resources: {{- toYaml $root.Values.preflight.resources | nindent 10 }}
+        securityContext: {{- include "tuning.container.security" $root | nindent 10 }}
+        volumeMounts: {{- include "tuning.pod.mounts" $root | nindent 10 }}
+    volumes: {{- include "tuning.pod.volumes" (dict "root" $root "run" .run "claim" .claim "tmpGiB" 10) | nindent 6 }}
+{{- end }}
+
+{{/* The claim that preflight can use before the release is there; empty where there is none. */}}
+{{- define "tuning.preflight.claim" -}}
+{{- $mode := include "tuning.storage.mode" . -}}
+{{- if eq $mode "existing" -}}{{ .Values.storage.existingClaim }}
+{{- else if eq $mode "static" -}}{{ .Release.Name }}-preflight
+{{- end -}}
+{{- end }}
