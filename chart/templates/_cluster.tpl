@@ -38,16 +38,14 @@
 {{- end }}
 
 {{- define "tuning.cluster.subnet" -}}
-{{- $fsx := .Values.storage.fsx -}}
-{{- if and (eq (include "tuning.storage.mode" .) "dynamic") (not (and $fsx.subnetId $fsx.securityGroupIds)) -}}
+{{- if and (eq (include "tuning.storage.mode" .) "dynamic") (not (and .Values.storage.fsx.subnetId .Values.storage.fsx.securityGroupIds)) -}}
 {{- fail "storage.fsx: got no subnetId or no securityGroupIds, expected both to make a file system; give them, or storage.existingClaim" -}}
 {{- end -}}
 {{- end }}
 
 {{/* The action enqueue lets no pod be made before the cluster could hold the gang; with no pod no node is bought. */}}
 {{- define "tuning.cluster.scheduler" -}}
-{{- $checks := .Values.clusterChecks -}}
-{{- $found := lookup "v1" "ConfigMap" $checks.volcanoNamespace $checks.volcanoConfigMap -}}
+{{- $found := lookup "v1" "ConfigMap" $.Values.clusterChecks.volcanoNamespace $.Values.clusterChecks.volcanoConfigMap -}}
 {{- $config := dig "data" "volcano-scheduler.conf" "" $found | fromYaml -}}
 {{- $votes := list -}}
 {{- $waits := false -}}
@@ -63,7 +61,7 @@
 {{- end -}}
 {{- end -}}
 {{- if and (contains "enqueue" (get $config "actions" | toString)) $votes (not $waits) -}}
-{{- fail (printf "ConfigMap %s/%s: got actions %q with %s, which never let a gang start from zero nodes; write actions: \"allocate, backfill\", or enableJobEnqueued: false beside %s" $checks.volcanoNamespace $checks.volcanoConfigMap $config.actions (join ", " $votes) (join " and " $votes)) -}}
+{{- fail (printf "ConfigMap %s/%s: got actions %q with %s, which never let a gang start from zero nodes; write actions: \"allocate, backfill\", or enableJobEnqueued: false beside %s" $.Values.clusterChecks.volcanoNamespace $.Values.clusterChecks.volcanoConfigMap $config.actions (join ", " $votes) (join " and " $votes)) -}}
 {{- end -}}
 {{- end }}
 
@@ -105,9 +103,8 @@
 {{- end }}
 
 {{- define "tuning.cluster.account" -}}
-{{- $account := .Values.serviceAccount -}}
-{{- if and (not $account.create) (not (lookup "v1" "ServiceAccount" .Release.Namespace $account.name)) -}}
-{{- fail (printf "serviceAccount.name: got %s, expected an account of namespace %s; create it, or write serviceAccount.create: true" $account.name .Release.Namespace) -}}
+{{- if and (not .Values.serviceAccount.create) (not (lookup "v1" "ServiceAccount" .Release.Namespace .Values.serviceAccount.name)) -}}
+{{- fail (printf "serviceAccount.name: got %s, expected an account of namespace %s; create it, or write serviceAccount.create: true" .Values.serviceAccount.name .Release.Namespace) -}}
 {{- end -}}
 {{- end }}
 

@@ -17,14 +17,17 @@
 
 {{/* Dollars for the GPUs of a run; takes {root, end: low or high}. */}}
 {{- define "tuning.cost.gpus" -}}
-{{- $cost := .root.Values.cost -}}
-{{ mulf .root.Values.nodes .root.Values.gpusPerNode (get $cost.gpuHour .end) (get $cost.hours .end) }}
+{{- $values := .root.Values -}}
+{{- $hours := eq .end "low" | ternary $values.cost.hours.low $values.cost.hours.high -}}
+{{ mulf $values.nodes $values.gpusPerNode (eq .end "low" | ternary $values.cost.gpuHour.low $values.cost.gpuHour.high) $hours }}
 {{- end }}
 
 {{/* Dollars for the file system that comes with the release, while a run lasts; a month has 730 hours. */}}
 {{- define "tuning.cost.fsx" -}}
+{{- $values := .root.Values -}}
 {{- if eq (include "tuning.storage.mode" .root) "dynamic" -}}
-{{ divf (mulf .root.Values.storage.fsx.capacityGiB .root.Values.cost.fsxGBMonth (get .root.Values.cost.hours .end)) 730 }}
+{{- $hours := eq .end "low" | ternary $values.cost.hours.low $values.cost.hours.high -}}
+{{ divf (mulf $values.storage.fsx.capacityGiB $values.cost.fsxGBMonth $hours) 730 }}
 {{- else -}}
 0
 {{- end -}}

@@ -18,7 +18,7 @@ spec:
   restartPolicy: Never
   terminationGracePeriodSeconds: {{ int $values.gang.gracePeriodSeconds }}
   nodeSelector: {{- include "tuning.pod.nodeSelector" (dict "root" $root "slot" $.slot) | nindent 4 }}
-  tolerations: {{- concat (ternary $values.nodePool.taints list $values.nodePool.create | include "tuning.pod.tolerations" | fromYamlArray) $values.tolerations | toYaml | nindent 4 }}
+  tolerations: {{- include "tuning.pod.tolerations" $root | nindent 4 }}
   {{- if $values.affinity }}
   affinity: {{- toYaml $values.affinity | nindent 4 }}
   {{- end }}
@@ -27,7 +27,7 @@ spec:
       image: {{ include "tuning.image" (dict "root" $root "image" $values.image) | quote }}
       imagePullPolicy: {{ $values.image.pullPolicy }}
       command: [python, -m, entrypoint, --config-dir, /etc/run, --config-name, run]
-      env: {{- include "tuning.pod.env" (dict "root" $root "chart" (include "tuning.pod.gang.env" (dict "root" $root "slot" $.slot))) | nindent 8 }}
+      env: {{- include "tuning.pod.env" (dict "root" $root "chart" (include "tuning.pod.gang.env" (dict "root" $root "slot" $.slot))) | trim | nindent 8 }}
       {{- if $values.envFrom }}
       envFrom: {{- toYaml $values.envFrom | nindent 8 }}
       {{- end }}
@@ -90,18 +90,15 @@ fitted beside another that waits, and no node is made. */}}
 {{ toYaml (merge $labels .root.Values.nodeSelector) }}
 {{- end }}
 
-{{/* Takes a list of taints. */}}
+{{/* Those of the pool's taints, then the given ones. */}}
 {{- define "tuning.pod.tolerations" -}}
-{{- range . }}
-- key: {{ .key | quote }}
-  effect: {{ .effect }}
-  {{- if hasKey . "value" }}
-  operator: Equal
-  value: {{ .value | quote }}
-  {{- else }}
-  operator: Exists
-  {{- end }}
-{{- end }}
+{{- $tolerations := list -}}
+{{- if .Values.nodePool.create -}}
+{{- range .Values.nodePool.taints -}}
+{{- $tolerations = append $tolerations (merge (dict "operator" (hasKey . "value" | ternary "Equal" "Exists")) .) -}}
+{{- end -}}
+{{- end -}}
+{{ concat $tolerations .Values.tolerations | toYaml }}
 {{- end }}
 
 {{/* Environment of every container, then `chart` (a YAML list), then extraEnv, which wins; takes {root, chart}. */}}

@@ -35,11 +35,13 @@ template:
           - --queue={{ include "tuning.queue.name" $root }}
           - --scheduler-config={{ $root.Values.clusterChecks.volcanoNamespace }}/{{ $root.Values.clusterChecks.volcanoConfigMap }}
           {{- end }}
-        env: {{- include "tuning.pod.env" (dict "root" $root "chart" "[]") | nindent 10 }}
+        env: {{- include "tuning.pod.env" (dict "root" $root "chart" "[]") | trim | nindent 10 }}
         {{- if $root.Values.envFrom }}
         envFrom: {{- toYaml $root.Values.envFrom | nindent 10 }}
         {{- end }}
-        resources: {{- toYaml $root.Values.preflight.resources | nindent 10 }}
+        resources:
+          requests: {{- toYaml $root.Values.preflight.resources.requests | nindent 12 }}
+          limits: {{- toYaml $root.Values.preflight.resources.limits | nindent 12 }}
         securityContext: {{- include "tuning.container.security" $root | nindent 10 }}
         volumeMounts: {{- include "tuning.pod.mounts" $root | nindent 10 }}
     volumes: {{- include "tuning.pod.volumes" (dict "root" $root "run" .run "claim" .claim "tmpGiB" 10) | nindent 6 }}

@@ -12,6 +12,9 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- end }}
 
 {{- define "tuning.validate.release" -}}
+{{- if not (dig "method" "name" "" .Values.training) -}}
+{{- fail "training.method.name: got nothing, expected grpo or dpo; give it" -}}
+{{- end -}}
 {{- if not (regexMatch "^[a-z][-a-z0-9]*$" .Release.Name) -}}
 {{- fail (printf "release name: got %q, expected a letter, then letters, digits and dashes: the pods' host names follow from it; choose another" .Release.Name) -}}
 {{- end -}}
@@ -21,19 +24,18 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- if and (eq .Values.image.tag "latest") (not .Values.image.digest) -}}
 {{- fail "image.tag: got latest, expected a version: a run that restarts must find the same program; give a tag or image.digest" -}}
 {{- end -}}
-{{- range $range := list "gpuHour" "hours" -}}
-{{- $cost := get $.Values.cost $range -}}
-{{- if gt (float64 $cost.low) (float64 $cost.high) -}}
-{{- fail (printf "cost.%s: got low %v above high %v; exchange them" $range $cost.low $cost.high) -}}
+{{- $ranges := dict "gpuHour" (list .Values.cost.gpuHour.low .Values.cost.gpuHour.high) "hours" (list .Values.cost.hours.low .Values.cost.hours.high) -}}
+{{- range $name, $range := $ranges -}}
+{{- if gt (first $range | float64) (last $range | float64) -}}
+{{- fail (printf "cost.%s: got low %v above high %v; exchange them" $name (first $range) (last $range)) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
 
 {{- define "tuning.validate.nodes" -}}
-{{- $pool := .Values.nodePool -}}
-{{- if $pool.create -}}
-{{- if ne (len $pool.zones) 1 -}}
-{{- fail (printf "nodePool.zones: got %d (%s), expected one: EFA and FSx do not reach across zones, and a gang over two would never meet; name the zone of the file system" (len $pool.zones) (join ", " $pool.zones)) -}}
+{{- if $.Values.nodePool.create -}}
+{{- if ne (len $.Values.nodePool.zones) 1 -}}
+{{- fail (printf "nodePool.zones: got %d (%s), expected one: EFA and FSx do not reach across zones, and a gang over two would never meet; name the zone of the file system" (len $.Values.nodePool.zones) (join ", " $.Values.nodePool.zones)) -}}
 {{- end -}}
 {{- if not .Values.gang.slotLabel -}}
 {{- fail "gang.slotLabel: got nothing, expected a label key where the pool is the release's own: without it a gang does not come back after a spot loss; leave the default" -}}
@@ -47,31 +49,30 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- fail "nodeSelector: got nothing, expected labels of the GPU nodes where nodePool.create is false; give them, or affinity" -}}
 {{- end -}}
 {{- range $key := list "karpenter.sh/nodepool" .Values.gang.slotLabel -}}
-{{- if and $key (hasKey $.Values.nodeSelector $key) (or $pool.create (eq $key $.Values.gang.slotLabel)) -}}
+{{- if and $key (hasKey $.Values.nodeSelector $key) (or $.Values.nodePool.create (eq $key $.Values.gang.slotLabel)) -}}
 {{- fail (printf "nodeSelector: got %s, which the chart sets itself; remove it" $key) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
 
 {{- define "tuning.validate.nodeClass" -}}
-{{- $class := .Values.nodeClass -}}
-{{- if or $class.name (ne $class.group "karpenter.k8s.aws") (ne $class.kind "EC2NodeClass") -}}
-{{- fail (printf "nodeClass: got %s/%s %q, expected no group, kind or name with nodeClass.create: true, since they are of an existing one; write create: false or remove them" $class.group $class.kind $class.name) -}}
+{{- if or $.Values.nodeClass.name (ne $.Values.nodeClass.group "karpenter.k8s.aws") (ne $.Values.nodeClass.kind "EC2NodeClass") -}}
+{{- fail (printf "nodeClass: got %s/%s %q, expected no group, kind or name with nodeClass.create: true, since they are of an existing one; write create: false or remove them" $.Values.nodeClass.group $.Values.nodeClass.kind $.Values.nodeClass.name) -}}
 {{- end -}}
-{{- if not (regexMatch "^(al2023@v20[0-9]{6}|bottlerocket@v?1\\.[0-9]+\\.[0-9]+)$" $class.amiAlias) -}}
-{{- fail (printf "nodeClass.amiAlias: got %q, expected a version such as al2023@v20260903 or bottlerocket@v1.55.0: another one later would be an untested node; pin it" $class.amiAlias) -}}
+{{- if not (regexMatch "^(al2023@v20[0-9]{6}|bottlerocket@v?1\\.[0-9]+\\.[0-9]+)$" $.Values.nodeClass.amiAlias) -}}
+{{- fail (printf "nodeClass.amiAlias: got %q, expected a version such as al2023@v20260903 or bottlerocket@v1.55.0: another one later would be an untested node; pin it" $.Values.nodeClass.amiAlias) -}}
 {{- end -}}
-{{- if and (has "reserved" .Values.nodePool.capacityTypes) (not $class.capacityReservations) -}}
+{{- if and (has "reserved" .Values.nodePool.capacityTypes) (not $.Values.nodeClass.capacityReservations) -}}
 {{- fail "nodeClass.capacityReservations: got none, expected a term where nodePool.capacityTypes has reserved; give an id or tags, or leave reserved out" -}}
 {{- end -}}
-{{- if and $class.capacityReservations (not (has "reserved" .Values.nodePool.capacityTypes)) -}}
+{{- if and $.Values.nodeClass.capacityReservations (not (has "reserved" .Values.nodePool.capacityTypes)) -}}
 {{- fail (printf "nodePool.capacityTypes: got %s, expected reserved among them where nodeClass.capacityReservations has a term; add it, or the reservation is paid for and not used" (join ", " .Values.nodePool.capacityTypes)) -}}
 {{- end -}}
 {{- $efa := 0 -}}
-{{- range $class.networkInterfaces -}}
+{{- range $.Values.nodeClass.networkInterfaces -}}
 {{- if eq (get . "interfaceType") "efa-only" -}}{{- $efa = add $efa 1 -}}{{- end -}}
 {{- end -}}
-{{- if and $class.networkInterfaces (ne (toString $efa) (include "tuning.pod.efa" .)) -}}
+{{- if and $.Values.nodeClass.networkInterfaces (ne (toString $efa) (include "tuning.pod.efa" .)) -}}
 {{- fail (printf "nodeClass.networkInterfaces: got %d of type efa-only, expected %s, as many as a pod asks for; change one or the other (resources.efa)" $efa (include "tuning.pod.efa" .)) -}}
 {{- end -}}
 {{- end }}
@@ -79,23 +80,22 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- define "tuning.validate.resources" -}}
 {{- $table := .Files.Get "files/instances.yaml" | fromYaml -}}
 {{- $gpus := int .Values.gpusPerNode -}}
-{{- $resources := .Values.resources -}}
-{{- if and (eq $gpus 0) (or (kindIs "string" $resources.cpu) (kindIs "string" $resources.memoryGiB)) -}}
+{{- if and (eq $gpus 0) (or (kindIs "string" $.Values.resources.cpu) (kindIs "string" $.Values.resources.memoryGiB)) -}}
 {{- fail "resources: got no cpu or no memoryGiB, expected both where gpusPerNode is 0: a share of a node is counted by its GPUs; give them" -}}
 {{- end -}}
 {{- range $type := .Values.nodePool.instanceTypes -}}
 {{- $offer := get $table $type -}}
 {{- if $offer -}}
 {{- include "tuning.validate.instance" (dict "root" $ "type" $type "offer" $offer) -}}
-{{- else if or (kindIs "string" $resources.cpu) (kindIs "string" $resources.memoryGiB) (and (kindIs "string" $resources.efa) (gt (int $.Values.nodes) 1) (gt $gpus 0)) -}}
+{{- else if or (kindIs "string" $.Values.resources.cpu) (kindIs "string" $.Values.resources.memoryGiB) (and (kindIs "string" $.Values.resources.efa) (gt (int $.Values.nodes) 1) (gt $gpus 0)) -}}
 {{- fail (printf "nodePool.instanceTypes: got %s, expected one of %s, whose resources are known; give resources.cpu, resources.memoryGiB and resources.efa for another" $type (keys $table | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq $gpus 0) (ne (include "tuning.pod.efa" .) "0") -}}
 {{- fail "resources.efa: got some, expected 0 where gpusPerNode is 0; remove it" -}}
 {{- end -}}
-{{- if ge (int $resources.sharedMemoryGiB) (include "tuning.pod.memoryGiB" . | int) -}}
-{{- fail (printf "resources.sharedMemoryGiB: got %d, expected less than the pod's memory, %s GiB, which it is part of; lower it" (int $resources.sharedMemoryGiB) (include "tuning.pod.memoryGiB" .)) -}}
+{{- if ge (int $.Values.resources.sharedMemoryGiB) (include "tuning.pod.memoryGiB" . | int) -}}
+{{- fail (printf "resources.sharedMemoryGiB: got %d, expected less than the pod's memory, %s GiB, which it is part of; lower it" (int $.Values.resources.sharedMemoryGiB) (include "tuning.pod.memoryGiB" .)) -}}
 {{- end -}}
 {{- end }}
 
@@ -123,31 +123,30 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 
 {{/* Images, logs and emptyDirs lie on the NVMe disks with RAID0, else on the root volume. Takes {root, offer, type}. */}}
 {{- define "tuning.validate.disk" -}}
-{{- $class := .root.Values.nodeClass -}}
+{{- $values := .root.Values -}}
 {{- $need := add (include "tuning.pod.diskGiB" .root | int) 100 -}}
 {{- $nvme := div (mul (int .offer.nvmeGB) 9) 10 -}}
-{{- if and $class.create $class.instanceStorePolicy (gt $need $nvme) -}}
-{{- fail (printf "resources.scratchGiB: got %d, with the rest of the pod %d GiB, expected at most %d, which the NVMe disks of %s hold; lower it, or storage.ephemeral.sizeGiB" (int .root.Values.resources.scratchGiB) $need $nvme .type) -}}
+{{- if and $values.nodeClass.create $values.nodeClass.instanceStorePolicy (gt $need $nvme) -}}
+{{- fail (printf "resources.scratchGiB: got %d, with the rest of the pod %d GiB, expected at most %d, which the NVMe disks of %s hold; lower it, or storage.ephemeral.sizeGiB" (int $values.resources.scratchGiB) $need $nvme .type) -}}
 {{- end -}}
-{{- if and $class.create (not $class.instanceStorePolicy) (gt $need (int $class.rootVolumeGiB)) -}}
-{{- fail (printf "nodeClass.rootVolumeGiB: got %d, expected at least %d for the image, logs and /tmp: without RAID0 nothing else holds them; raise it, or write instanceStorePolicy: RAID0" (int $class.rootVolumeGiB) $need) -}}
+{{- if and $values.nodeClass.create (not $values.nodeClass.instanceStorePolicy) (gt $need (int $values.nodeClass.rootVolumeGiB)) -}}
+{{- fail (printf "nodeClass.rootVolumeGiB: got %d, expected at least %d for the image, logs and /tmp: without RAID0 nothing else holds them; raise it, or write instanceStorePolicy: RAID0" (int $values.nodeClass.rootVolumeGiB) $need) -}}
 {{- end -}}
 {{- end }}
 
 {{- define "tuning.validate.storage" -}}
-{{- $storage := .Values.storage -}}
 {{- $mode := include "tuning.storage.mode" . -}}
 {{- $checkpoint := dig "checkpoint" (dict) .Values.training -}}
-{{- if and $storage.existingClaim $storage.ephemeral.enabled -}}
-{{- fail (printf "storage.ephemeral.enabled: got true with storage.existingClaim %q, expected one place for checkpoints; remove one of them" $storage.existingClaim) -}}
+{{- if and $.Values.storage.existingClaim $.Values.storage.ephemeral.enabled -}}
+{{- fail (printf "storage.ephemeral.enabled: got true with storage.existingClaim %q, expected one place for checkpoints; remove one of them" $.Values.storage.existingClaim) -}}
 {{- end -}}
-{{- if and $storage.fsx.fileSystemId (ne $mode "static") -}}
-{{- fail (printf "storage.fsx.fileSystemId: got %q with storage.existingClaim or storage.ephemeral, expected one place for checkpoints; remove one of them" $storage.fsx.fileSystemId) -}}
+{{- if and $.Values.storage.fsx.fileSystemId (ne $mode "static") -}}
+{{- fail (printf "storage.fsx.fileSystemId: got %q with storage.existingClaim or storage.ephemeral, expected one place for checkpoints; remove one of them" $.Values.storage.fsx.fileSystemId) -}}
 {{- end -}}
-{{- if and (eq $mode "static") (not (and $storage.fsx.dnsName $storage.fsx.mountName)) -}}
-{{- fail (printf "storage.fsx: got %s without dnsName or mountName, expected both; take them from `aws fsx describe-file-systems --file-system-ids %s`" $storage.fsx.fileSystemId $storage.fsx.fileSystemId) -}}
+{{- if and (eq $mode "static") (not (and $.Values.storage.fsx.dnsName $.Values.storage.fsx.mountName)) -}}
+{{- fail (printf "storage.fsx: got %s without dnsName or mountName, expected both; take them from `aws fsx describe-file-systems --file-system-ids %s`" $.Values.storage.fsx.fileSystemId $.Values.storage.fsx.fileSystemId) -}}
 {{- end -}}
-{{- if and (ne $mode "static") (or $storage.fsx.dnsName $storage.fsx.mountName) -}}
+{{- if and (ne $mode "static") (or $.Values.storage.fsx.dnsName $.Values.storage.fsx.mountName) -}}
 {{- fail "storage.fsx: got dnsName or mountName without fileSystemId, expected all three for a file system that is there; give it, or remove them" -}}
 {{- end -}}
 {{- if and (eq $mode "ephemeral") (gt (int .Values.nodes) 1) -}}
@@ -156,8 +155,8 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- if and (eq $mode "ephemeral") .Values.gpusPerNode (not (get $checkpoint "mirror")) -}}
 {{- fail "training.checkpoint.mirror: got nothing with storage.ephemeral, expected s3://: a node that is lost takes its disk with it, and the run would start anew; give it" -}}
 {{- end -}}
-{{- if and (eq $mode "dynamic") (has "spot" .Values.nodePool.capacityTypes) .Values.nodePool.create (gt (include "tuning.save.seconds" . | float64) (float64 $storage.saveSeconds)) -}}
-{{- fail (printf "storage.fsx: got a file system that takes a checkpoint of %s GB in %s s (%s), expected at most %v s: a spot notice leaves two minutes; raise storage.fsx.capacityGiB or throughputPerTiB" (include "tuning.save.GB" .) (include "tuning.save.seconds" .) (include "tuning.save.speed" .) $storage.saveSeconds) -}}
+{{- if and (eq $mode "dynamic") (has "spot" .Values.nodePool.capacityTypes) .Values.nodePool.create (gt (include "tuning.save.seconds" . | float64) (float64 $.Values.storage.saveSeconds)) -}}
+{{- fail (printf "storage.fsx: got a file system that takes a checkpoint of %s GB in %s s (%s), expected at most %v s: a spot notice leaves two minutes; raise storage.fsx.capacityGiB or throughputPerTiB" (include "tuning.save.GB" .) (include "tuning.save.seconds" .) (include "tuning.save.speed" .) $.Values.storage.saveSeconds) -}}
 {{- end -}}
 {{- end }}
 
@@ -210,21 +209,19 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 
 {{/* What is the platform's can't be ours too. */}}
 {{- define "tuning.validate.existing" -}}
-{{- $queue := .Values.queue -}}
-{{- if and $queue.existing (or $queue.parent $queue.reclaimable (ne (int $queue.weight) 1)) -}}
-{{- fail (printf "queue: got existing %q with weight, parent or reclaimable, expected it alone: a queue that is there is not changed; remove the others" $queue.existing) -}}
+{{- if and $.Values.queue.existing (or $.Values.queue.parent $.Values.queue.reclaimable (ne (int $.Values.queue.weight) 1)) -}}
+{{- fail (printf "queue: got existing %q with weight, parent or reclaimable, expected it alone: a queue that is there is not changed; remove the others" $.Values.queue.existing) -}}
 {{- end -}}
-{{- if eq $queue.existing "root" -}}
+{{- if eq $.Values.queue.existing "root" -}}
 {{- fail "queue.existing: got root, expected a queue below it: Volcano lets no Job into root; name another" -}}
 {{- end -}}
-{{- $account := .Values.serviceAccount -}}
-{{- if and (not $account.create) (not $account.name) -}}
+{{- if and (not $.Values.serviceAccount.create) (not $.Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.name: got nothing, expected the name of the existing account that serviceAccount.create: false asks for; give it" -}}
 {{- end -}}
-{{- if and $account.create (eq $account.name "default") -}}
+{{- if and $.Values.serviceAccount.create (eq $.Values.serviceAccount.name "default") -}}
 {{- fail "serviceAccount.name: got default, expected another: each namespace has that one already; rename it, or write create: false" -}}
 {{- end -}}
-{{- if and (not $account.create) $account.annotations -}}
+{{- if and (not $.Values.serviceAccount.create) $.Values.serviceAccount.annotations -}}
 {{- fail "serviceAccount.annotations: got some with serviceAccount.create: false, expected none: an account that is there is not changed; remove them" -}}
 {{- end -}}
 {{- end }}
