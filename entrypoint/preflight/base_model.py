@@ -52,15 +52,13 @@ class BaseModel:
     @cached_property
     def _looked_at(self) -> tuple[dict[str, int], dict[str, Header]]:
         """Every file's bytes, and the headers of those with weights."""
-        from entrypoint.data.tokens import load_tokenizer  # imports transformers, as the look at config.json does
-
         if not is_s3(self._path):
             folder = local_path(self._path)
             with explained(self._path, ModelError):
                 headers = check_model(folder, self._path)
                 names = [path for path in folder.iterdir() if PARTS.fullmatch(path.name) or path.name in headers]
                 sizes = {path.name: path.stat().st_size for path in names}
-            load_tokenizer(folder)
+            _try_tokenizer(folder)
             return sizes, headers
         url = self._path.rstrip("/")
         with tempfile.TemporaryDirectory() as cache:
@@ -76,8 +74,14 @@ class BaseModel:
                         return header_of(file, remote.sizes[name], f"{url}/{name}")
 
                 headers = check_parts(folder, remote.sizes, header, url)
-            load_tokenizer(folder)
+            _try_tokenizer(folder)
         return remote.sizes, headers
+
+
+def _try_tokenizer(folder: Path) -> None:
+    from entrypoint.data.tokens import load_tokenizer  # imports torch: only where the rest stands
+
+    load_tokenizer(folder)
 
 
 def gigabytes(size: float) -> str:

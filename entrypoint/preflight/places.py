@@ -49,9 +49,9 @@ def check_checkpoint(run: Run, model: BaseModel, warn: Callable[[str], None]) ->
     grace = run.checkpoint.grace_seconds
     if size > speed * grace:
         warn(
-            f"checkpoint.grace_seconds={grace}: a save of {gigabytes(size)} needs {gigabytes(size / grace)}/s, and this "
-            f"pod alone writes {gigabytes(speed)}/s; unless the nodes together are as fast, a spot notice costs what was "
-            f"done since the last save (checkpoint.save_every={run.checkpoint.save_every})"
+            f"checkpoint.grace_seconds={grace}: a save of {gigabytes(size)} needs {gigabytes(size / grace)}/s, this "
+            f"pod alone writes {gigabytes(speed)}/s; unless the nodes together are as fast, a spot notice costs what "
+            f"was done since the last save (checkpoint.save_every={run.checkpoint.save_every})"
         )
     return f"{said}; a save is {gigabytes(size)}, {size / speed:,.0f} s at this speed, of {grace} s grace"
 

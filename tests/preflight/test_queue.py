@@ -1,0 +1,245 @@
+"""The Queue, asked for over TLS with the pod's own account: a server that answers as the API server does."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from entrypoint.preflight import kubernetes, queue
+from entrypoint.preflight.__main__ import main
+from entrypoint.preflight.queue import voters_of
+
+QUEUE = "/apis/scheduling.volcano.sh/v1beta1/queues/training"
+CONFIG = "/api/v1/namespaces/volcano-system/configmaps/volcano-scheduler-configmap"
+STOCK = """
+actions: "enqueue, allocate, backfill"
+tiers:
+- plugins:
+  - name: priority
+  - name: gang
+    enablePreemptable: false
+  - name: conformance
+- plugins:
+  - name: overcommit
+  - name: drf
+    enablePreemptable: false
+  - name: predicates
+  - name: proportion
+  - name: nodeorder
+  - name: binpack
+"""
+
+Answers = dict[str, Any]  # path to an object, to (status, object), or to what is called for one
+
+
+def refusal(status: int, message: str) -> tuple[int, dict[str, Any]]:
+    return status, {"kind": "Status", "status": "Failure", "message": message, "code": status}
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    today = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / f"{name}.crt", folder / f"{name}.key"
+    paths[0].write_bytes(made.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+    """What the server answers; without a token it answers 401, and no such path is no such kind."""
+    found: Answers = {CONFIG: refusal(403, "configmaps is forbidden")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = found.get(self.path, (404, None))
+            answer = answer() if callable(answer) else answer
+            if self.headers["Authorization"] != "Bearer a-token":
+                answer = refusal(401, "Unauthorized")
+            status, content = answer if isinstance(answer, tuple) else (200, answer)
+            body = b"404 page not found\n" if content is None else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: what is said on stderr is preflight's."""
+
+    account = tmp_path / "serviceaccount"
+    account.mkdir()
+    public, private = certificate(account, "ca")
+    (account / "token").write_text("a-token\n")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(public, private)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(kubernetes, "ACCOUNT", account)
+        monkeypatch.setattr(queue, "POLL", 0.01)
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
+        monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # of the outside world
+        yield found
+        server.shutdown()
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Preflight of the Queue alone; its code and its last line."""
+
+    def run(*options: str) -> tuple[int, str]:
+        deadline = [] if any(option.startswith("--deadline") for option in options) else ["--deadline=20"]
+        code = main(["--queue", "training", "--checks=", *deadline, *options])
+        out, err = capfd.readouterr()
+        return code, (err or out).strip().splitlines()[-1]
+
+    return run
+
+
+Ask = Callable[..., tuple[int, str]]
+
+
+def test_a_queue_is_waited_for_until_it_is_open(answers: Answers, ask: Ask) -> None:
+    """At first it has no state yet, and before that the role that lets it be read is not known yet."""
+    early = [refusal(403, "queues is forbidden"), {"metadata": {}}, {"status": {"state": ""}}]
+    answers[QUEUE] = lambda: early.pop(0) if early else {"status": {"state": "Open"}}
+    code, line = ask()
+    assert code == 0
+    assert line.startswith("preflight: queue: ok, training is Open after ")
+    assert line.endswith("(volcano-system/volcano-scheduler-configmap: 403)")
+    assert early == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            refusal(404, 'queues "training" not found'),
+            "Queue training: there is none; create it, or name one that exists",
+        ),
+        ((404, None), "Queue training: the cluster has no Queues; install Volcano 1.12 or later"),
+        ({"status": {"state": "Closed"}}, "Queue training: is Closed; open it"),
+        (refusal(418, "no"), "Queue training: the Kubernetes API answers 418 (no)"),
+    ],
+)
+def test_a_queue_that_will_not_open_by_itself_is_refused(answers: Answers, ask: Ask, answer: Any, says: str) -> None:
+    answers[QUEUE] = answer
+    code, line = ask()
+    assert code == 64
+    assert line.startswith(f"entrypoint: preflight: queue: {says}")
+
+
+def test_a_role_that_is_missing_is_named_after_a_while(
+    answers: Answers, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "ROLES_LAG", 0.05)
+    answers[QUEUE] = refusal(403, 'User "system:serviceaccount:a:b" cannot get resource "queues"')
+    code, line = ask()
+    assert code == 64
+    assert 'may not read it (User "system:serviceaccount:a:b" cannot get resource "queues"); grant get on' in line
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            {"status": {"state": "Unknown"}},
+            "Queue training has state 'Unknown', expected Open; look at Volcano's controller",
+        ),
+        (refusal(503, "starting"), "the Kubernetes API answers 503 (starting)"),
+    ],
+)
+def test_what_may_still_come_ends_with_75_at_the_deadline(answers: Answers, ask: Ask, answer: Any, says: str) -> None:
+    answers[QUEUE] = answer
+    assert ask("--deadline=0.3") == (75, f"entrypoint: preflight: queue: not done after 0.3 s: {says}")
+
+
+def test_an_api_that_does_not_answer_ends_with_75(answers: Answers, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "9")
+    code, line = ask("--deadline=0.3")
+    assert code == 75
+    assert "not done after 0.3 s: the Kubernetes API at https://127.0.0.1:9 can't be reached (" in line
+
+
+def test_a_server_that_is_not_the_clusters_is_refused(answers: Answers, ask: Ask, tmp_path: Path) -> None:
+    other, _ = certificate(tmp_path, "other")
+    (tmp_path / "serviceaccount/ca.crt").write_bytes(other.read_bytes())
+    code, line = ask()
+    assert code == 64
+    assert "its certificate is not signed by" in line
+
+
+def test_a_pod_without_a_token_is_told_what_to_set(answers: Answers, ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "serviceaccount/token").unlink()
+    code, line = ask()
+    assert code == 64
+    assert "set automountServiceAccountToken: true" in line
+    (tmp_path / "serviceaccount/ca.crt").unlink()
+    assert "set automountServiceAccountToken: true" in ask()[1]
+
+
+def test_outside_a_pod_there_is_no_queue(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert ask() == (
+        64,
+        "entrypoint: preflight: queue: environment: KUBERNETES_SERVICE_HOST is not set; --queue works in a pod only",
+    )
+
+
+# The scheduler's configuration
+
+
+def test_a_scheduler_that_never_scales_from_zero_is_named_with_what_to_write(answers: Answers, ask: Ask) -> None:
+    answers[QUEUE] = {"status": {"state": "Open"}}
+    answers[CONFIG] = {"data": {"volcano-scheduler.conf": STOCK}}
+    assert ask() == (
+        64,
+        "entrypoint: preflight: queue: ConfigMap volcano-system/volcano-scheduler-configmap: this Volcano never scales "
+        "from zero nodes: the action enqueue asks overcommit, proportion, which refuse a gang that is larger than the "
+        'cluster is now; write actions: "allocate, backfill", or enableJobEnqueued: false beside overcommit and '
+        "proportion",
+    )
+    answers[CONFIG] = {"data": {"volcano-scheduler.conf": STOCK.replace("enqueue, ", "")}}
+    assert ask()[1].endswith("; its scheduler can start from zero nodes")
+    answers["/api/v1/namespaces/ours/configmaps/scheduler"] = {"data": {"volcano-scheduler.conf": STOCK}}
+    assert "ConfigMap ours/scheduler: " in ask("--scheduler-config", "ours/scheduler")[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "voters"),
+    [
+        ("", "", ["overcommit", "proportion"]),
+        ('"enqueue, ', '"', []),
+        ("  - name: overcommit", "  - name: overcommit\n    enableJobEnqueued: false", ["proportion"]),
+        ("  - name: proportion", "  - name: capacity", ["overcommit", "capacity"]),
+        ("  - name: priority", "  - name: sla", []),  # asked in an earlier tier: lets a gang in after its waiting time
+        ("  - name: drf", "  - name: sla", ["overcommit", "proportion"]),  # beside those who refuse it has no say
+        ("tiers:", "tears:", []),  # no configuration at all
+        ("- plugins:\n  - name: priority", "- plugins\n  - name: priority", []),
+    ],
+)
+def test_who_keeps_a_gang_out_of_an_empty_cluster(old: str, new: str, voters: list[str]) -> None:
+    assert voters_of(STOCK.replace(old, new) if old else STOCK) == voters
