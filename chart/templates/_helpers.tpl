@@ -75,6 +75,25 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- if .Values.storage.existingClaim -}}{{ .Values.storage.existingClaim }}{{- else -}}{{ .Release.Name }}{{- end -}}
 {{- end }}
 
+{{/* An FSx file system that is there; takes {root, claim}. */}}
+{{- define "tuning.storage.volume" -}}
+capacity:
+  storage: {{ int .root.Values.storage.fsx.capacityGiB }}Gi
+accessModes: [ReadWriteMany]
+persistentVolumeReclaimPolicy: Retain
+storageClassName: ""
+mountOptions: [flock]
+claimRef:
+  namespace: {{ .root.Release.Namespace | quote }}
+  name: {{ .claim | quote }}
+csi:
+  driver: fsx.csi.aws.com
+  volumeHandle: {{ .root.Values.storage.fsx.fileSystemId | quote }}
+  volumeAttributes:
+    dnsname: {{ .root.Values.storage.fsx.dnsName | quote }}
+    mountname: {{ .root.Values.storage.fsx.mountName | quote }}
+{{- end }}
+
 {{/* run.yaml: the training values unchanged, laid over the trainer's own defaults. */}}
 {{- define "tuning.run" -}}
 defaults:
@@ -94,8 +113,10 @@ defaults:
 {{- $table := .Files.Get "files/instances.yaml" | fromYaml -}}
 {{- $least := dict -}}
 {{- range .Values.nodePool.instanceTypes -}}
-{{- range $what, $amount := get $table . | default dict -}}
-{{- $_ := set $least $what (min (int $amount) (get $least $what | default $amount | int)) -}}
+{{- if hasKey $table . -}}
+{{- range $what, $amount := get $table . -}}
+{{- $_ := set $least $what (hasKey $least $what | ternary (get $least $what) $amount | int | min (int $amount)) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{ toYaml $least }}

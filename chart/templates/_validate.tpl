@@ -18,9 +18,6 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- if not (regexMatch "^[a-z][-a-z0-9]*$" .Release.Name) -}}
 {{- fail (printf "release name: got %q, expected a letter, then letters, digits and dashes: the pods' host names follow from it; choose another" .Release.Name) -}}
 {{- end -}}
-{{- if semverCompare "<3.18.0-0" .Capabilities.HelmVersion.Version -}}
-{{- fail (printf "helm: got %s, expected 3.18 or later: an older one does not print why preflight failed; update it" .Capabilities.HelmVersion.Version) -}}
-{{- end -}}
 {{- if and (eq .Values.image.tag "latest") (not .Values.image.digest) -}}
 {{- fail "image.tag: got latest, expected a version: a run that restarts must find the same program; give a tag or image.digest" -}}
 {{- end -}}
@@ -251,7 +248,7 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- end -}}
 {{- range .Values.extraVolumeMounts -}}
 {{- if not (has .name (slice $volumes 4)) -}}
-{{- fail (printf "extraVolumeMounts: got the volume %q, expected one of extraVolumes (%s); add it there" .name (slice $volumes 4 | join ", ")) -}}
+{{- fail (printf "extraVolumeMounts: got the volume %q, expected one of extraVolumes (%s); add it there" .name (slice $volumes 4 | join ", " | default "none")) -}}
 {{- end -}}
 {{- if has .mountPath (list "/etc/run" "/tmp" "/dev/shm" $.Values.storage.mountPath) -}}
 {{- fail (printf "extraVolumeMounts: got the path %s, which is taken; mount %q elsewhere" .mountPath .name) -}}
