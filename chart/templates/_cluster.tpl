@@ -49,8 +49,8 @@
 {{- $config := dig "data" "volcano-scheduler.conf" "" $found | fromYaml -}}
 {{- $votes := list -}}
 {{- $waits := false -}}
-{{- range $tier := get $config "tiers" -}}
-{{- range $plugin := get $tier "plugins" -}}
+{{- range $tier := get $config "tiers" | default list -}}
+{{- range $plugin := get $tier "plugins" | default list -}}
 {{- if ne (toString (get $plugin "enableJobEnqueued")) "false" -}}
 {{- if has $plugin.name (list "overcommit" "proportion" "capacity") -}}
 {{- $votes = append $votes $plugin.name -}}
