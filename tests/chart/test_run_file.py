@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrypoint.config import compose
-from entrypoint.config.keys import Key, flatten, keys
+from entrypoint.config.keys import Key, keys
 from entrypoint.errors import ConfigError
 from tests.chart.helm import CHART, HELMS, VALUES, run, run_file, template
 from tests.process import ROOT, run_entrypoint
@@ -80,9 +80,9 @@ HOSTILE = st.sampled_from(
 TEXT = HOSTILE | st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, value in leaves.items():
         *groups, leaf = name.split(".")
         group = tree
         for part in groups:
@@ -91,22 +91,40 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The leaves of `tree` by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return found
+
+
 def composed(text: str) -> dict[str, Any]:
     """What the trainer makes of the text of a run.yaml, as dotted keys; a ConfigError where it refuses."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "run.yaml").write_text(text, encoding="utf-8")
-        return flatten(asdict(compose(["--config-dir", folder, "--config-name", "run"])))
+        return flat(asdict(compose(["--config-dir", folder, "--config-name", "run"])))
 
 
 @pytest.mark.parametrize("helm", HELMS)
 @pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
-def test_a_values_files_run_is_composed_by_the_program(helm: str, path: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(run_file(template(helm, "-f", path)), encoding="utf-8")
-    done = run_entrypoint("--config-dir", tmp_path, "--config-name", "run", "--cfg", "job")
-    assert done.returncode == 0, done.stderr
-    got = flatten(yaml.safe_load(done.stdout))
-    written = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))["training"])
+def test_a_values_files_run_is_composed(helm: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its keys do not contradict each other; the places are those of pods."""
+    monkeypatch.setenv("RUN_NAME", "run-042")  # as the chart sets it for the pods
+    text = run_file(template(helm, "-f", path))
+    got = composed(text)
+    values = path.read_text(encoding="utf-8").replace("${oc.env:RUN_NAME}", "run-042")
+    written = flat(yaml.safe_load(values)["training"])
     assert {name: got[name] for name in written} == written
+
+
+def test_the_program_takes_a_run_file_of_the_charts(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(run_file(template("helm4", "-f", ROOT / "values/dpo.yaml")), encoding="utf-8")
+    environment = {"RUN_NAME": "run-042"}
+    done = run_entrypoint("--config-dir", tmp_path, "--config-name", "run", "--cfg", "job", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["output"]["path"].endswith("/run-042-model")
+    assert yaml.safe_load(done.stdout)["method"]["name"] == "dpo"
 
 
 @pytest.mark.slow
@@ -150,9 +168,9 @@ def _inside(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or low < value) and (high is None or value < high)
 
 
-def through_the_chart(helm: str, flat: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The composed run of a values file that says `flat`, and why not, where one of the two refuses it."""
-    document = json.dumps({"training": nested(flat)})  # JSON is YAML, and spells every string in one way
+def through_the_chart(helm: str, leaves: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The composed run of a values file that says `leaves`, and why not, where one of the two refuses it."""
+    document = json.dumps({"training": nested(leaves)})  # JSON is YAML, and spells every string in one way
     done = run(helm, "template", "run-042", CHART, "-f", SMOKE, "-f", "-", stdin=document)
     if done.returncode:
         return {}, done.stderr

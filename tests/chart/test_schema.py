@@ -72,7 +72,7 @@ def test_a_misspelt_key_anywhere_is_refused_with_its_path(
         ("training.method.name=ppo", "at '/training/method/name': value must be one of 'grpo', 'dpo'"),
         ("training.method.beta=0.1", "at '/training/method': additional properties 'beta' not allowed"),
         ("training.train.learning_rate=fast", "at '/training/train/learning_rate': got string, want number"),
-        ("training.data=null", "at '/training': missing property 'data'"),
+        ("training.data=null", "at '/training/data': got null, want object"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_path(helm: str, setting: str, said: str) -> None:
