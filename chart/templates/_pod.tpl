@@ -18,7 +18,10 @@ spec:
   restartPolicy: Never
   terminationGracePeriodSeconds: {{ int $values.gang.gracePeriodSeconds }}
   nodeSelector: {{- include "tuning.pod.nodeSelector" (dict "root" $root "slot" $.slot) | nindent 4 }}
-  tolerations: {{- include "tuning.pod.tolerations" $root | nindent 4 }}
+  {{- $tolerations := include "tuning.pod.tolerations" $root | fromYamlArray }}
+  {{- if $tolerations }}
+  tolerations: {{- toYaml $tolerations | nindent 4 }}
+  {{- end }}
   {{- if $values.affinity }}
   affinity: {{- toYaml $values.affinity | nindent 4 }}
   {{- end }}
