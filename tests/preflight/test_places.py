@@ -228,7 +228,7 @@ mount -t tmpfs -o mode=755 mnt /mnt
 mkdir /mnt/python /mnt/venv /mnt/source /mnt/volume
 mount --bind "$1" /mnt/python && mount --bind "$2" /mnt/venv && mount --bind "$3" /mnt/source
 python=$4 && shift 4
-export PYTHONPATH=/mnt/source:/mnt/venv/lib/$python/site-packages
+export LD_LIBRARY_PATH=/mnt/python/lib PYTHONPATH=/mnt/source:/mnt/venv/lib/$python/site-packages
 exec setpriv --reuid 10001 --regid 10001 --clear-groups /mnt/python/bin/$python -m entrypoint.preflight "$@"
 """
 
@@ -248,9 +248,9 @@ def test_a_volume_that_is_roots_is_named_with_whose_it_is_and_what_to_do() -> No
     assert ended.returncode == 64, ended.stderr
     first, second = ended.stderr.strip().splitlines()
     assert first == (
-        "entrypoint: preflight: checkpoint: checkpoint.path: /mnt/volume can't be written by user 10001 of groups 10001: "
-        "it belongs to user 0, group 0, mode 755; let the kubelet set the group (fsGroupPolicy: File in the volume's "
-        "CSIDriver), or once as root: chown 10001:10001 /mnt/volume"
+        "entrypoint: preflight: checkpoint: checkpoint.path: /mnt/volume can't be written by user 10001 of groups "
+        "10001: it belongs to user 0, group 0, mode 755; let the kubelet set the group (fsGroupPolicy: File in the "
+        "volume's CSIDriver), or once as root: chown 10001:10001 /mnt/volume"
     )
     assert second.startswith("entrypoint: preflight: output: output.path: /mnt/volume can't be written by user 10001")
 
