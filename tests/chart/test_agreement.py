@@ -1,0 +1,36 @@
+"""Where the chart repeats what the program says, the two agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from entrypoint.conf import Checkpoint
+from entrypoint.errors import EXIT_REFUSED
+from entrypoint.launch.topology import DEFAULT_PORT
+from entrypoint.preflight.__main__ import CHECKS, DEADLINE
+from entrypoint.preflight.queue import SCHEDULER_CONFIG
+from tests.chart.helm import CHART, template
+from tests.process import ROOT
+
+DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+
+def test_a_pod_lives_longer_than_its_program_takes_to_save() -> None:
+    assert DEFAULTS["gang"]["gracePeriodSeconds"] >= Checkpoint().grace_seconds + 15
+
+
+def test_preflights_checks_deadline_and_place_of_the_schedulers_configuration_are_the_programs() -> None:
+    assert tuple(DEFAULTS["preflight"]["checks"]) == CHECKS
+    assert DEFAULTS["preflight"]["deadlineSeconds"] == DEADLINE
+    checks = DEFAULTS["clusterChecks"]
+    assert f"{checks['volcanoNamespace']}/{checks['volcanoConfigMap']}" == SCHEDULER_CONFIG
+
+
+def test_the_job_knows_the_programs_exit_code_and_port() -> None:
+    objects = template("helm4", "-f", ROOT / "values/grpo.yaml")
+    (job,) = [found for found in objects if found["apiVersion"] == "batch.volcano.sh/v1alpha1"]
+    assert job["spec"]["policies"][0] == {"exitCode": EXIT_REFUSED, "action": "AbortJob"}
+    env = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "MASTER_PORT", "value": str(DEFAULT_PORT)} in env
