@@ -225,7 +225,7 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 
 {{/* What is added to the pods must not undo what the chart says there. */}}
 {{- define "tuning.validate.pods" -}}
-{{- $own := list "NNODES" "NODE_RANK" "MASTER_ADDR" "MASTER_PORT" "LOCAL_WORLD_SIZE" "RESTART_COUNT" "RUN_NAME" "WORLD_SIZE" "RANK" "LOCAL_RANK" -}}
+{{- $own := list "NNODES" "NODE_RANK" "MASTER_ADDR" "MASTER_PORT" "RESTART_COUNT" "RUN_NAME" "WORLD_SIZE" "RANK" "LOCAL_RANK" -}}
 {{- $seen := list -}}
 {{- range .Values.extraEnv -}}
 {{- if has .name $own -}}
