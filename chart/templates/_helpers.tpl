@@ -98,7 +98,7 @@ csi:
 {{- define "tuning.run" -}}
 defaults:
   - base
-  - override method: {{ .Values.training.method.name }}
+  - override method: {{ dig "method" "name" "" .Values.training }}
   - _self_
 {{ toYaml .Values.training }}
 {{- end }}

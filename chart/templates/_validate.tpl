@@ -37,6 +37,9 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- if not .Values.gang.slotLabel -}}
 {{- fail "gang.slotLabel: got nothing, expected a label key where the pool is the release's own: without it a gang does not come back after a spot loss; leave the default" -}}
 {{- end -}}
+{{- if regexMatch "^([^/]*\\.)?(kubernetes\\.io|k8s\\.io|karpenter\\.sh|k8s\\.aws)/" .Values.gang.slotLabel -}}
+{{- fail (printf "gang.slotLabel: got %s, expected another domain: neither Karpenter nor a kubelet takes labels of this one; leave the default" .Values.gang.slotLabel) -}}
+{{- end -}}
 {{- if .Values.nodeClass.create -}}
 {{- include "tuning.validate.nodeClass" . -}}
 {{- else if not .Values.nodeClass.name -}}
