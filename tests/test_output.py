@@ -242,6 +242,8 @@ def test_the_saved_model_is_the_trained_one_in_the_wanted_dtype(
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < size * 1.1 + 10_000  # tied weights once
     assert not list((tmp_path / "out").glob("*.bin"))
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes  # whoever may read the configuration may read the weights
 
 
 def test_a_generation_config_that_contradicts_itself_does_not_cost_the_model(

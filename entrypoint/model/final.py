@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,14 @@ def save_model(
     else:
         _save_adapter(model, weights, folder, dtype, base)
     tokenizer.save_pretrained(folder)
+    let_read(folder)
+
+
+def let_read(folder: Path) -> None:
+    """Give a saved model's weights the mode of the files beside them: safetensors lets their owner alone read them."""
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(stat.S_IMODE(mode))
 
 
 def merged(model: Any, weights: dict[str, Any]) -> dict[str, Any]:

@@ -65,17 +65,17 @@ class BaseModel:
             folder = Path(cache)
             with explained(url, ModelError, local=folder):
                 fs = filesystem(url, self._endpoint_url)
-                remote = list_model(fs, url, self._endpoint_url)
-                small = [name for name in remote.sizes if PARTS.fullmatch(name)]
+                sizes = list_model(fs, url, self._endpoint_url)
+                small = [name for name in sizes if PARTS.fullmatch(name)]
                 fs.get([f"{url}/{name}" for name in small], [str(folder / name) for name in small])
 
                 def header(name: str) -> Header:
                     with fs.open(f"{url}/{name}", "rb", block_size=FIRST_BYTES) as file:
-                        return header_of(file, remote.sizes[name], f"{url}/{name}")
+                        return header_of(file, sizes[name], f"{url}/{name}")
 
-                headers = check_parts(folder, remote.sizes, header, url)
+                headers = check_parts(folder, sizes, header, url)
             _try_tokenizer(folder)
-        return remote.sizes, headers
+        return sizes, headers
 
 
 def _try_tokenizer(folder: Path) -> None:

@@ -18,7 +18,7 @@ from entrypoint.output.target import Target, open_target
 from entrypoint.preflight.base_model import BaseModel, gigabytes
 from entrypoint.storage import explained, is_s3, local_path
 
-ON_DISK = 256 << 20  # bytes of a trial: enough to be on the disk's own speed, little enough for a small pod's memory
+ON_DISK = 128 << 20  # bytes of a trial: enough to be on the disk's own speed, little enough for a small pod's memory
 ON_S3 = 32 << 20
 BLOCK = 1 << 20  # bytes of noise that a trial repeats: farther apart than a compressing file system looks
 

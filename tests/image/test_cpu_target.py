@@ -28,7 +28,7 @@ RUN = {
     "data": {"path": "/opt/demo/traces", "held_out_share": 0.4},
     "model": {"path": "/opt/demo/model"},
     "train": {"max_steps": 2, "batch_size": 2, "max_length": 160, "eval_pairs": 2, "logging_steps": 1},
-    "checkpoint": {"path": "/storage/run", "keep": 1},
+    "checkpoint": {"path": "/storage/run", "keep": 1, "save_every": 2},
     "output": {"path": "/storage/model"},
 }
 

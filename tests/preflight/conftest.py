@@ -65,5 +65,5 @@ def preflight(words: list[str], capfd: pytest.CaptureFixture[str]) -> Preflight:
 @pytest.fixture
 def keys(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's credentials, in the environment."""
-    for name, value in s3.env.items():
+    for name, value in {**s3.env, "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
