@@ -18,6 +18,8 @@ tasks:
   {{- range $slot := until (int .Values.nodes) }}
   - name: node{{ $slot }}
     replicas: 1
+    minAvailable: 1 # this and maxRetry as Volcano fills them in: left out, an upgrade would take them away
+    maxRetry: 3
     template: {{- include "tuning.pod" (dict "root" $ "slot" $slot) | nindent 6 }}
   {{- end }}
 {{- end }}
