@@ -29,7 +29,8 @@ from tests.servers.mlflow import mlflow_server as start_mlflow_server
 from tests.servers.s3 import S3Server, s3_server
 
 MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
-BY_MODULE = ("tests/e2e/", "tests/trainers/test_world_size.py")  # a module looks at the same runs from many sides
+# A module looks at the same runs, or the same image, from many sides.
+BY_MODULE = ("tests/e2e/", "tests/image/test_cpu_target.py", "tests/trainers/test_world_size.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -171,6 +171,7 @@ class Container:
 
     def __call__(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Wait for `command`, by default found on the image's own PATH; in a mount and process space of its own."""
+        assert os.geteuid() == 0, "to start a container, and to be another user in it, takes root"
         self.folder.mkdir(exist_ok=True)
         env = {name: value.replace("${PATH}", "/usr/local/bin:/usr/bin:/bin") for name, value in self.image.env.items()}
         start = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", CONTAINER, "sh"]

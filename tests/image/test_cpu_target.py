@@ -26,7 +26,7 @@ HERE = {
 RUN = {
     "method": {"name": "dpo"},
     "data": {"path": "/opt/demo/traces", "held_out_share": 0.4},
-    "model": {"path": "/opt/demo/model"},
+    "model": {"path": "/opt/demo/model", "lora": {"enabled": True, "rank": 2}},
     "train": {"max_steps": 2, "batch_size": 2, "max_length": 160, "eval_pairs": 2, "logging_steps": 1},
     "checkpoint": {"path": "/storage/run", "keep": 1, "save_every": 2},
     "output": {"path": "/storage/model"},
@@ -76,4 +76,4 @@ def test_preflight_passes_and_a_run_trains_there(container: Container) -> None:
     assert ended.returncode == 0, ended.stderr
     record = json.loads((container.storage / "model/run.json").read_text())
     assert record["training"]["steps"] == 2
-    assert (container.storage / "model/model.safetensors").stat().st_uid == 1000
+    assert (container.storage / "model/adapter_model.safetensors").stat().st_uid == 1000
