@@ -7,7 +7,8 @@ waits for the queue}. */}}
 {{- $checks = without $checks "checkpoint" -}}
 {{- end -}}
 backoffLimit: 0
-activeDeadlineSeconds: {{ add (int $root.Values.preflight.deadlineSeconds) 10 }}
+# Later than its own, by what an image may take to be pulled: pods of a Job that is past this are gone, and their log.
+activeDeadlineSeconds: {{ add (int $root.Values.preflight.deadlineSeconds) 50 }}
 template:
   metadata:
     labels:
