@@ -96,7 +96,7 @@ class Days:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the traces of `scan`, whose columns must be `with_scores`.
+    """Reads the traces of `scan`, whose columns are `with_scores` where the scores are wanted.
 
     Args:
         held_out_share: `data.held_out_share`.

@@ -27,7 +27,7 @@ def check_checkpoint(run: Run, model: BaseModel, warn: Callable[[str], None]) ->
     """Write and read a trial file in checkpoint.path; returns its speed and what a save would take.
 
     Raises:
-        CheckpointError: the folder can't be used, or has no room for the checkpoints that are kept.
+        CheckpointError: it, or data.cache_path, can't be used, or has no room for the checkpoints that are kept.
     """
     folder = Path(str(run.checkpoint.path))
     with _writable("checkpoint.path", str(folder)):
@@ -35,6 +35,9 @@ def check_checkpoint(run: Run, model: BaseModel, warn: Callable[[str], None]) ->
         speed = round_trip(open_target(str(folder)), ON_DISK)
         there = _kept_bytes(folder)
         free = shutil.disk_usage(folder).free
+    cache = str(run.data.cache_path)
+    with _writable("data.cache_path", cache):
+        open_target(cache).probe()
     said = f"{folder}: {gigabytes(ON_DISK)} written at {gigabytes(speed)}/s and read back, {gigabytes(free)} free"
     try:
         size = model.saved_bytes

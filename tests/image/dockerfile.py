@@ -104,9 +104,23 @@ def _copy(image: Image, rest: str, built: Mapping[str, Image]) -> None:
         place = goal / source.name if target.endswith("/") else goal
         place.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, place, ignore=_left_out)
         else:
             shutil.copy(source, place)
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    """What .dockerignore keeps from the builder: whatever is not let in, by itself or with a folder around it."""
+    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    place = Path(folder).relative_to(ROOT)
+
+    def out(name: str) -> bool:
+        path = f"{place / name}/"
+        return name == "__pycache__" or not any(
+            path.startswith(f"{entry}/") or f"{entry}/".startswith(path) for entry in let_in
+        )
+
+    return [name for name in names if out(name)]
 
 
 def _run(image: Image, rest: str, env: Mapping[str, str]) -> None:

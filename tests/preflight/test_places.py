@@ -41,7 +41,7 @@ def test_a_run_that_may_start_has_one_line_a_check(preflight: Preflight, tmp_pat
     assert "all 8 rows of 1 files read: 3 groups to train on, 0 held out, 3 pairs" in said.line("data")
     assert "28,832 parameters" in said.line("model")
     assert re.search(r"written at [\d.,]+ [GM]B/s and read back.*a save is 0\.3 MB", said.line("checkpoint"))
-    assert tree(tmp_path / "checkpoints") == tree(tmp_path / "out") == []
+    assert (tree(tmp_path / "checkpoints"), tree(tmp_path / "out")) == (["prepared"], [])
 
 
 def test_every_failure_is_said_and_the_last_is_what_must_be_mended(preflight: Preflight) -> None:
@@ -170,6 +170,12 @@ def test_a_model_that_can_not_be_trained_is_refused(preflight: Preflight, model:
 
 
 # Checkpoints
+
+
+def test_a_cache_that_can_not_be_written_is_named(preflight: Preflight) -> None:
+    said = preflight("data.cache_path=/proc/cache", "--checks=checkpoint")
+    assert said.code == 64
+    assert said.last.startswith("entrypoint: preflight: checkpoint: /proc/cache: ")
 
 
 def enlarged(model: Path, shape: list[int]) -> Path:
