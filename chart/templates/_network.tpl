@@ -27,7 +27,7 @@ whether the API server too}. EFA does not pass through the network that policies
   ports:
     - {port: 443, protocol: TCP}
 {{- end }}
-{{- range list (dig "data" "endpoint_url" "" $training) (dig "tracking" "mlflow_uri" "" $training) }}
+{{- range compact (list (dig "data" "endpoint_url" "" $training) (dig "tracking" "mlflow_uri" "" $training)) }}
 {{- if regexMatch "^https?://" . }}
 - ports:
     - {port: {{ include "tuning.network.port" . }}, protocol: TCP}
