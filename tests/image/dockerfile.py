@@ -188,6 +188,7 @@ class Container:
         assert os.geteuid() == 0, "to start a container, and to be another user in it, takes root"
         self.folder.mkdir(exist_ok=True)
         env = {name: value.replace("${PATH}", "/usr/local/bin:/usr/bin:/bin") for name, value in self.image.env.items()}
+        env["OMP_NUM_THREADS"] = "1"  # as all tests: threads that wait for each other on a busy machine take minutes
         start = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", CONTAINER, "sh"]
         places = [self.folder, self.image.root, self.run, self.storage, Path(sys.base_prefix), self.image.user]
         inside = ["env", "-i", "-C", self.image.workdir, *(f"{name}={value}" for name, value in env.items())]
