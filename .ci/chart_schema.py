@@ -16,8 +16,8 @@ The chart's own keys are typed in chart/values.yaml, above each key, in this ord
 - A default of null may be null; everything else is required, so that `key: null`, Helm's way to delete a default, is
   refused here and not by a template that finds nothing.
 
-`training` is not typed there: it is `python -m entrypoint.schema`, closed at every level. Draft 7, which every Helm 3
-and Helm 4 enforces.
+`training` is not typed there: it is `python -m entrypoint.schema`, closed at every level, but for text with characters
+that do not survive Helm's YAML. Draft 7, which every Helm 3 and Helm 4 enforces.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SAME_TYPE = {str: "string", bool: "boolean", int: "integer", float: "number"}
 NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 LABEL_KEY = rf"^({NAME}(\.{NAME})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+# Helm's toYaml writes nothing at all for some of these (errors are swallowed), and U+0085 comes back as a blank.
+UNWRITABLE = r"\x00-\x1f\x7f-\x9f" + "\u2028\u2029\ufffe\uffff"
 TYPES: dict[str, dict[str, Any]] = {
     "text": {"type": "string", "minLength": 1},
     "texts": {"type": "array", "items": {"type": "string", "minLength": 1}, "uniqueItems": True},
@@ -92,7 +94,7 @@ def schema(text: str) -> dict[str, Any]:
     if not isinstance(root, yaml.MappingNode):
         raise Mistyped("values.yaml: expected keys")
     found = _group(root, lines, ())
-    training = {name: part for name, part in run_schema().items() if name not in ("$schema", "title")}
+    training = {name: _writable(part) for name, part in run_schema().items() if name not in ("$schema", "title")}
     found["properties"][TRAINING] = {"description": "The run, as the trainer's own schema has it.", **training}
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart", **found}
 
@@ -109,6 +111,18 @@ def _group(node: yaml.MappingNode, lines: list[str], path: tuple[str, ...]) -> d
         if yaml.safe_load(yaml.serialize(value)) is not None:
             required.append(key.value)
     return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+def _writable(node: Any) -> Any:
+    """A part of the run's schema, its text without characters that Helm can't write."""
+    if isinstance(node, list):
+        return [_writable(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    found = {name: _writable(child) for name, child in node.items()}
+    if "string" in (found.get("type") or []) and "enum" not in found:
+        found["pattern"] = f"^[^{UNWRITABLE}]*$"
+    return found
 
 
 def _comments(lines: list[str], line: int) -> tuple[str, str, int]:
@@ -196,6 +210,7 @@ def _named(name: str, where: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(schema(VALUES.read_text(encoding="utf-8")), indent=2, ensure_ascii=False))
+        found = json.dumps(schema(VALUES.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
+        print(re.sub("[\u2028\u2029\ufffe\uffff]", lambda odd: f"\\u{ord(odd[0]):04x}", found))
     except Mistyped as error:
         sys.exit(str(error))
