@@ -59,16 +59,16 @@ WORKDIR /tmp
 ENTRYPOINT ["python", "-m", "entrypoint"]
 
 FROM ${GPU}@${GPU_DIGEST} AS gpu
-# The base's own name for the plugin; NCCL looks for libnccl-net.so otherwise, and goes on over TCP where there is none.
-RUN test -e /opt/amazon/ofi-nccl/lib64/libnccl-net-ofi.so && \
-    python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))'
 COPY --from=packages /opt/venv /opt/venv
-# LD_LIBRARY_PATH is the plugin's and EFA's alone: CUDA and NCCL are those that torch's wheels bring.
+# LD_LIBRARY_PATH is the plugin's and EFA's alone: CUDA and NCCL are those that torch's wheels bring. The plugin has the
+# base's own name; NCCL looks for libnccl-net.so otherwise, and goes on over TCP where there is none.
 ENV PATH=/opt/venv/bin:${PATH} \
     LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib64:/opt/amazon/efa/lib64 \
     NCCL_NET_PLUGIN=ofi \
     HOME=/tmp \
     USER=trainer
+# What was made on the other base runs on this one.
+RUN --mount=type=tmpfs,target=/tmp test -e /opt/amazon/ofi-nccl/lib64/libnccl-net-ofi.so && python -c 'import entrypoint.run'
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["python", "-m", "entrypoint"]

@@ -265,15 +265,17 @@ def test_a_volume_that_is_roots_is_named_with_whose_it_is_and_what_to_do() -> No
 
 
 @pytest.mark.usefixtures("keys")
-def test_buckets_are_written_read_and_left_as_they_were(preflight: Preflight, s3: S3Server) -> None:
+def test_buckets_are_written_read_and_left_as_they_were(preflight: Preflight, s3: S3Server, tmp_path: Path) -> None:
     bucket = s3.bucket()
     said = preflight(
+        f"data.path={s3.upload(tmp_path / 'lake', s3.bucket(), 'lake')}",
         f"checkpoint.mirror=s3://{bucket}/mirror",
         f"output.path=s3://{bucket}/out",
         f"data.endpoint_url={s3.endpoint_url}",
-        "--checks=mirror,output",
+        "--checks=data,mirror,output",
     )
     assert said.code == 0
+    assert "all 8 rows of 1 files read: 3 groups to train on, 0 held out, 3 pairs" in said.line("data")
     assert re.search(rf"s3://{bucket}/mirror: 33\.6 MB written at [\d.,]+ [GM]B/s, read back", said.line("mirror"))
     assert f"s3://{bucket}/out: writable" in said.line("output")
     assert s3.fs().find(bucket) == []
