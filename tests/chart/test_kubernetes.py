@@ -47,6 +47,20 @@ def test_a_values_files_objects_are_valid(helm: str, version: str, path: Path, f
     assert problems(objects, folder, version) == []
 
 
+OPTIONS = {
+    "a file system that is there": "storage.fsx.fileSystemId=fs-0123456789abcdef0,storage.fsx.dnsName=a.b,"
+    "storage.fsx.mountName=c",
+    "what is off by default": "podMonitor.enabled=true,queue.parent=team,gang.priorityClassName=high,storage.keep=true,"
+    "nodeClass.placementGroup=gang,nodeClass.tags.team=a,nodeClass.instanceStorePolicy=,nodeClass.rootVolumeGiB=900,"
+    "networkPolicy.apiServerCIDRs={10.0.0.1/32},image.pullSecrets={registry},podLabels.team=a,podAnnotations.team=a",
+}
+
+
+@pytest.mark.parametrize("settings", OPTIONS.values(), ids=OPTIONS)
+def test_the_objects_that_no_values_file_has_are_valid(settings: str, folder: Path) -> None:
+    assert problems(template("helm4", "-f", ROOT / "values/grpo.yaml", "--set", settings), folder) == []
+
+
 @pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
 def test_both_helms_make_the_same_objects(path: Path) -> None:
     three, four = (sorted(json.dumps(found) for found in template(helm, "-f", path)) for helm in HELMS)
