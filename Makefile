@@ -6,7 +6,8 @@ SHELL := bash
 
 ##@ Versions
 # One home each: Python packages in pyproject.toml (all of them, with hashes, in requirements*.lock), uv in .ci/uv.in,
-# Go tools in .ci/tools/NAME/go.mod, the Go compiler for machines without one in .ci/tools/go.in.
+# Go tools in .ci/tools/NAME/go.mod, the Go compiler for machines without one in .ci/tools/go.in, what the chart's objects
+# are checked against in .ci/kubernetes_schemas.py.
 PYTHON_MIN := 3.11
 
 ##@ Settings
@@ -79,8 +80,8 @@ chart-units: tools ## The chart's unit tests, chart/tests/*_test.yaml.
 	@"$$(.ci/tools/build helm-unittest)" --strict chart
 
 .PHONY: chart
-chart: setup schema-check chart-units ## All that is checked of the chart: schema, lint, unit tests, Kubernetes' schemas, docs.
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 tests/chart $(PYTEST_ARGS)
+chart: setup schema-check chart-units ## The chart: schema, lint, unit tests, Kubernetes' schemas, docs; without the smoke run.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 -m "not slow" tests/chart $(PYTEST_ARGS)
 
 # One thread a worker: torch's pools would fight over the cores. `maxschedchunk` keeps a slow test from hiding behind
 # another; loadgroup keeps tests that share a slow server on one worker.

@@ -128,7 +128,7 @@ def test_the_smoke_runs_file_trains(tiny: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/run.json").read_text())
-    assert report["steps"] == 2
+    assert report["training"]["steps"] == 2
 
 
 def accepted(text: str) -> bool:
