@@ -60,16 +60,18 @@ def check_checkpoint(run: Run, model: BaseModel, warn: Callable[[str], None]) ->
 
 
 def check_mirror(run: Run) -> str:
-    """Write, read and remove an object under checkpoint.mirror; returns its speed.
+    """List checkpoint.mirror; write, read and remove an object there; returns its speed.
 
     Raises:
-        CheckpointError: one of the three is refused.
+        CheckpointError: one of the four is refused.
     """
     url = run.checkpoint.mirror
     if url is None:
         return "checkpoint.mirror is not set"
     with explained(url, CheckpointError):
-        speed = round_trip(open_target(url, run.data.endpoint_url), ON_S3)
+        target = open_target(url, run.data.endpoint_url)
+        target.sizes()  # a resume looks here; and a bucket that is not there says so, where a write may only break off
+        speed = round_trip(target, ON_S3)
     return f"{url}: {gigabytes(ON_S3)} written at {gigabytes(speed)}/s, read back and removed"
 
 
