@@ -44,6 +44,12 @@ class RefusedElsewhere(RunError):
     by_all = True
 
 
+class StorageDownError(RunError):
+    """The storage could not be reached for longer than a request is tried: the same command may succeed later."""
+
+    exit_code = EXIT_STOPPED
+
+
 class StoppedError(RunError):
     """The run was told to stop and has saved: the same command goes on from there."""
 
