@@ -27,10 +27,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.errors import CheckpointError, RunError, StoppedError
+from entrypoint.errors import CheckpointError, RunError
 from entrypoint.model.final import save_model
 from entrypoint.output.target import Target, open_target
-from entrypoint.storage import explained, file_sha256, temporary
+from entrypoint.storage import explained, file_sha256
 
 __all__ = ["claim_output", "find_output", "publish", "save_model"]
 
@@ -99,17 +99,14 @@ def publish(folder: Path, url: str, endpoint_url: str | None, record: Mapping[st
         The whole of run.json.
 
     Raises:
-        StoppedError: the storage can't be reached now; the same command goes on from the last checkpoint.
+        StorageDownError: the storage can't be reached now; the same command goes on from the last checkpoint.
         CheckpointError: it refuses.
     """
-    kind: type[RunError] = CheckpointError
     try:
         with explained(url, CheckpointError, local=folder):
             return _publish(folder, open_target(url, endpoint_url), record)
-    except CheckpointError as error:
-        if error.__cause__ is not None and temporary(error.__cause__):
-            kind = StoppedError
-        raise kind(f"the final model was not written: {error}") from error.__cause__
+    except RunError as error:
+        raise type(error)(f"the final model was not written: {error}") from error.__cause__
 
 
 def _publish(folder: Path, target: Target, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +123,7 @@ def _publish(folder: Path, target: Target, record: Mapping[str, Any]) -> dict[st
         _refuse_other(target.url, before, run["fingerprint"])
     target.write(UNFINISHED, _dump({"fingerprint": run["fingerprint"], "date": run["date"], "files": files}))
     target.remove(RUN_FILE)  # a damaged output of this run: nobody must read it while it is mended
+    target.tidy()
     for stale in {*before.get("files", {})} - {*files}:  # a former try's, cut into other shards
         target.remove(stale)
     for path in paths:
