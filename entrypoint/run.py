@@ -86,7 +86,9 @@ def build(run: Run, loaded: Loaded, world: World) -> Session:
         pad=pad_id(loaded.tokenizer),
     )
     course.evaluate = session.evaluate
-    trainer.feed(steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base)
+    trainer.feed(
+        steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base, best=session.best
+    )
     return session
 
 
@@ -113,6 +115,7 @@ def train(session: Session) -> None:
     if resume:
         session.world.say(f"resuming from {resume}")
     session.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    session.loaded.checkpoints.wait()
     session.seconds = time.monotonic() - started
     if session.course.stopped:
         raise StoppedError(

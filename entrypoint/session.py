@@ -50,6 +50,7 @@ class Session:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step that was evaluated last
 
     def measure_base(self, model: nn.Module) -> None:
         """While the prepared model still is the base: the reference's log-probs, and the metrics before.
@@ -82,7 +83,15 @@ class Session:
         # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
         beta = (method.kl_coeff or 1.0) if isinstance(method, Grpo) else method.beta
         with self._scoring(self.trainer.model_wrapped if model is None else model, self.world) as scorer:
-            return evaluate(scorer, self.held, self.held_reference, beta=beta)
+            metrics = evaluate(scorer, self.held, self.held_reference, beta=beta)
+        if model is None:
+            self.evaluated = (self.trainer.state.global_step, metrics)
+        return metrics
+
+    def best(self) -> float | None:
+        """Held-out accuracy, what the best checkpoint is the best in; None where this step was not evaluated."""
+        step, metrics = self.evaluated
+        return metrics["accuracy"] if step == self.trainer.state.global_step else None
 
     def _share_prompts(self, model: nn.Module) -> None:
         """Check on a group of the first step that sharing its prompt changes nothing; else compute it plainly.

@@ -44,9 +44,10 @@ def check(run: Run) -> list[str]:
         warnings.append(
             "model.lora.merge=false: the adapter names its base as an s3:// path, which from_pretrained can't open"
         )
-    if run.train.max_steps is not None and run.checkpoint.save_every > run.train.max_steps:
+    save_every = run.checkpoint.save_every
+    if run.train.max_steps is not None and isinstance(save_every, int) and save_every > run.train.max_steps:
         warnings.append(
-            f"checkpoint.save_every={run.checkpoint.save_every} is more than train.max_steps={run.train.max_steps}: "
+            f"checkpoint.save_every={save_every} is more than train.max_steps={run.train.max_steps}: "
             "a run that is killed without a signal starts from the beginning"
         )
     return warnings
