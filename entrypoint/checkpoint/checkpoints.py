@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerState
 
 from entrypoint.checkpoint import find, reader
-from entrypoint.checkpoint.manifest import Manifest
+from entrypoint.checkpoint.manifest import DamagedError, Manifest
 from entrypoint.checkpoint.staging import Staging
 from entrypoint.checkpoint.state import get_place, get_state, set_state
 from entrypoint.checkpoint.writer import SaveRefused, Writer
@@ -181,10 +181,11 @@ class Checkpoints:
             return None
         if found := self._newest():
             return found
-        if damaged := find.damaged(self.folder):
+        damaged = [str(path) for path in find.damaged(self.folder)] + (self.mirror.damaged() if self.mirror else [])
+        if damaged:
             raise CheckpointError(
-                f"{self.folder}: holds {len(damaged)} damaged checkpoints and no whole one (the newest is "
-                f"{damaged[-1].name}); put a whole one back, or begin anew with checkpoint.resume=never"
+                f"{self.folder}: holds no whole checkpoint, and {len(damaged)} damaged ones are known (such as "
+                f"{damaged[-1]}); put a whole one back, or begin anew with checkpoint.resume=never"
             )
         if resume == "must":
             raise CheckpointError(
@@ -204,9 +205,15 @@ class Checkpoints:
             self.world.warn(f"the mirror is not looked at: {error}")
             return local
         local = self._local(above=-1 if mirrored is None else mirrored - 1)
+        if self.mirror is None:
+            return local
         if local is None and mirrored is not None:
-            assert self.mirror is not None
-            return self.mirror.fetch(mirrored, self.folder)
+            try:
+                return self.mirror.fetch(mirrored, self.folder)
+            except DamagedError:
+                return self._newest()  # the mirror names the next older one now
+        if local is not None and mirrored != find.step_of(local):
+            self.mirror.submit(local)  # of a run that was killed before it was copied
         return local
 
     def _local(self, *, above: int) -> Path | None:
