@@ -4,27 +4,60 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from entrypoint.config import load
-from entrypoint.errors import RunError
-from entrypoint.launch.launcher import launch, report_verdict
+from entrypoint.errors import EXIT_DONE, RunError
+from entrypoint.launch.launcher import launch
+from entrypoint.launch.restarts import Restarts
+from entrypoint.launch.verdict import Verdict, leave, report
+from entrypoint.watch import Watch
+
+TIDY = 15.0  # seconds for what was registered for the end of a rank's process
 
 
 def main(argv: list[str]) -> int:
     """Compose and check the configuration, then launch the ranks or be one; returns the documented exit code."""
+    if "WORLD_SIZE" in os.environ:
+        be_rank(argv)
     try:
         run = load(argv)
-        if "WORLD_SIZE" not in os.environ:
-            return launch(argv, os.environ)
-        from entrypoint.run import run_rank  # imports torch: only once the configuration stands
-
-        run_rank(run)
+        checkpoint = run.checkpoint
+        return launch(
+            argv,
+            os.environ,
+            restarts=Restarts.of(run, os.environ),
+            grace=checkpoint.grace_seconds,
+            hold=checkpoint.hold_seconds,
+        )
     except RunError as error:
         explain(error)
         return error.exit_code
     except BrokenPipeError:  # `… --help | head` has seen enough
         leave_pipe()
-    return 0
+    return EXIT_DONE
+
+
+def be_rank(argv: list[str]) -> NoReturn:
+    """Be one rank, and end the process."""
+    watch = Watch()
+    watch.listen()
+    try:
+        run = load(argv)
+        from entrypoint.run import run_rank  # imports torch: only once the configuration stands
+
+        run_rank(run, watch)
+        verdict = Verdict(EXIT_DONE)
+    except RunError as error:
+        explain(error)
+        verdict = Verdict(error.exit_code, hold=error.hold, error=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        verdict = Verdict(1, error=f"{type(error).__name__}: {error}")
+    watch.close()
+    report(verdict)
+    leave(verdict.code, TIDY)
 
 
 def leave_pipe() -> None:
@@ -42,6 +75,4 @@ def explain(error: RunError) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    report_verdict(code)
-    sys.exit(code)
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from entrypoint.errors import ConfigError
 from entrypoint.load import Loaded
 from entrypoint.sharing.check import settle
 from entrypoint.storage import write_atomically
+from entrypoint.story import Story
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, compute_dtype
@@ -26,6 +27,7 @@ from entrypoint.training.evaluation import HeldOut, evaluate
 from entrypoint.training.memory import find_budget
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.training.scoring import Scorer, inputs, sequences
+from entrypoint.watch import SHORTLY
 from entrypoint.world import World
 
 CHECKED = 3  # responses to one prompt that are computed both ways at the start
@@ -46,6 +48,7 @@ class Session:
     held_reference: ReferenceLogProbs
     course: Course
     tracker: Tracker | None  # on rank 0
+    story: Story | None  # on rank 0
     pad: int
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Session:
         self._share_prompts(model)
         if self.run.train.micro_batch_tokens == "auto":
             self._find_budget(model)
+        self.world.watch.patience = SHORTLY  # a stop is agreed between two forward passes, and what is scored is kept
         train, needed = self.loaded.traces.train, self.plan.sampler.visited(self.plan.steps)
         for reference, groups, responses in (
             (self.reference, train, needed),

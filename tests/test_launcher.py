@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from entrypoint.errors import ConfigError
-from entrypoint.launch.launcher import combine, report_verdict
 from entrypoint.launch.topology import cuda_devices, free_port, read_topology, visible_devices
+from entrypoint.launch.verdict import Verdict, combine, report
 
 DEADLINE = 60.0
 ROOT = Path(__file__).parent.parent
@@ -95,12 +95,25 @@ def pid_of(folder: Path, rank: int) -> int:
 
 
 def test_verdicts_combine_as_refusal_then_first_crash_then_stop_then_done() -> None:
-    """64 beats all; the first crash beats later ones, 75 and 0; 75 beats 0."""
-    assert combine([0, 0]) == 0
-    assert combine([0, 75, 0]) == 75
-    assert combine([75, 1, 0, 139]) == 1
-    assert combine([139, 1]) == 139
-    assert combine([1, 75, 64]) == 64
+    """64 beats all; the first crash beats later ones, and a lost rank, and 75 and 0; 75 beats 0."""
+
+    def code(*codes: int) -> int:
+        return combine(map(Verdict, codes)).code
+
+    assert code(0, 0) == 0
+    assert code(0, 75, 0) == 75
+    assert code(75, 1, 0, 139) == 1
+    assert code(139, 1) == 139
+    assert code(76, 137) == 137
+    assert code(0, 76, 75) == 76
+    assert code(1, 75, 64) == 64
+
+
+def test_a_node_holds_only_where_none_of_its_ranks_was_told() -> None:
+    hold, told = Verdict(75, hold=True), Verdict(75)
+    assert [combine(both).hold for both in ((hold, hold), (hold, told), (told, told), (hold, Verdict(0)))] == [
+        *(True, False, False, True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -355,10 +368,10 @@ def test_cuda_visible_devices_counts_as_cuda_does() -> None:
 def test_reporting_a_verdict_outside_a_launcher_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     try:
-        report_verdict(1)
+        report(Verdict(1))
         monkeypatch.setenv("ENTRYPOINT_VERDICT", str(writer))
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-        report_verdict(1)
+        report(Verdict(1))
         os.set_blocking(reader, False)
         with pytest.raises(BlockingIOError):
             os.read(reader, 1)

@@ -12,6 +12,7 @@ Readers look for `run.json` and nothing else: it is written last, so whoever see
     counts               rows used and dropped, by reason
     metrics              {before: {name: value}, after: {name: value}} on the held-out pairs
     training             steps, epochs, seconds and what a unit of the batch was
+    story                starts, interruptions and crashes, and what they cost; see docs/metrics.md
     versions             of Python, this program and the libraries that decide the numbers
     configuration        the composed run file
     files                {name: {sha256, size in bytes}} of every file of the model

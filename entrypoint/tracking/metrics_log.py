@@ -57,6 +57,10 @@ class MetricsLog:
         self._board.flush()
         return True
 
+    def holds(self, step: int, prefix: str) -> bool:
+        """Whether a metric of this step is there whose name begins so."""
+        return any(at == step and any(name.startswith(prefix) for name in names) for at, names in self._there)
+
     def close(self) -> None:
         self._file.close()
         self._board.close()

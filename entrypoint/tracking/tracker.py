@@ -69,6 +69,10 @@ class Tracker:
             if self._mlflow:
                 self._mlflow.log(step, values)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of this step is written down."""
+        return self._log.holds(step, HELD_OUT)
+
     def finish(self, record: Mapping[str, Any]) -> None:
         """Log the metrics after training and register the model.
 

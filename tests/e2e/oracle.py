@@ -71,11 +71,15 @@ def assert_same_weights(run: Ended, other: Ended, *, share: float = 1e-4) -> Non
 
 
 def maths(run: Ended) -> list[tuple[int, float | None, dict[str, float]]]:
-    """What a run logged of its numbers, (step, epoch, metrics): without times and the ranks' loads."""
-    aside = ("tokens/", "speed/", "time/")
+    """What a run logged of its numbers, (step, epoch, metrics): without times, the ranks' loads and its story.
+
+    In the order of steps, of evaluation and loss: a run that was stopped in an evaluation makes it up when it is back.
+    """
+    aside = ("tokens/", "speed/", "time/", "story/")
+    lines = sorted(run.lines, key=lambda line: (line["step"], min(line["metrics"])))
     return [
         (line["step"], line["epoch"], {n: v for n, v in line["metrics"].items() if not n.startswith(aside)})
-        for line in run.lines
+        for line in lines
     ]
 
 
