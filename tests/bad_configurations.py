@@ -161,6 +161,23 @@ PLACES = [
     line("output by glob", "is inside data.path={here}/*", "data.path={here}/*", "output.path={here}/traces"),
     line("cache in traces", "data.cache_path: {here}/traces/c is inside", "data.cache_path={here}/traces/c"),
     line("checkpoints on S3", "checkpoint.path: expected a folder that all ranks see", "checkpoint.path=s3://lake/c"),
+    line("mirror on disk", "checkpoint.mirror: expected s3://bucket/prefix", "checkpoint.mirror={here}/mirror"),
+    line("mirror is a bucket", "checkpoint.mirror: expected s3://bucket/prefix", "checkpoint.mirror=s3://lake/"),
+    line(
+        "mirror in the output",
+        "checkpoint.mirror: s3://lake/out/c and output.path=s3://lake/out lie in each other",
+        *("checkpoint.mirror=s3://lake/out/c", "output.path=s3://lake/out", "checkpoint.path={here}/c"),
+    ),
+    line(
+        "output in the mirror",
+        "checkpoint.mirror: s3://lake/c and output.path=s3://lake/c/out lie in each other",
+        *("checkpoint.mirror=s3://lake/c", "output.path=s3://lake/c/out", "checkpoint.path={here}/c"),
+    ),
+    line(
+        "mirror in the traces",
+        "checkpoint.mirror: s3://lake/t/c is inside data.path=s3://lake/t",
+        *("checkpoint.mirror=s3://lake/t/c", "data.path=s3://lake/t"),
+    ),
     line("no checkpoints", "checkpoint.path: is required where output.path is on S3", "output.path=s3://lake/out"),
     line("same folder", "checkpoint.path: is the same as output.path", "checkpoint.path={here}/out"),
     line("model cache on S3", "model.cache_path: expected a folder that each node has", "model.cache_path=s3://lake/c"),

@@ -25,9 +25,9 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
 }
 
+from tests.servers.faults import FaultProxy, fault_proxy
 from tests.servers.mlflow import MlflowServer
 from tests.servers.mlflow import mlflow_server as start_mlflow_server
-from tests.servers.faults import FaultProxy, fault_proxy
 from tests.servers.s3 import S3Server, s3_server
 from tests.servers.toxiproxy import Toxiproxy
 from tests.servers.toxiproxy import toxiproxy as start_toxiproxy

@@ -55,7 +55,7 @@ def check(run: Run) -> list[str]:
 
 def _check_urls(run: Run, warn: Callable[[str], None]) -> None:
     _check_url("tracking.mlflow_uri", run.tracking.mlflow_uri, bare=False)
-    addresses = [*sources_of(run.data), run.model.path, run.output.path]
+    addresses = [*sources_of(run.data), run.model.path, run.output.path, run.checkpoint.mirror or ""]
     if run.data.endpoint_url and not any(is_s3(address) for address in addresses):
         warn("data.endpoint_url is not used: no path is on s3://")
     if set("/:") & set(run.tracking.registered_model):

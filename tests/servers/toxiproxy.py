@@ -40,7 +40,11 @@ class Toxiproxy:
         try:
             yield
         finally:
-            _ask("POST", f"{self.api}/proxies/s3", {"enabled": True})
+            self.enable()
+
+    def enable(self) -> None:
+        """Listen again."""
+        _ask("POST", f"{self.api}/proxies/s3", {"enabled": True})
 
 
 @contextlib.contextmanager
