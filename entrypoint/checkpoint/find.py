@@ -29,8 +29,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest(folder: Path, fingerprint: dict[str, Any], *, above: int, warn: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a step > `above`; a damaged one in its way is set aside by name.
 
-    Its fingerprint is compared before a tensor is read. Then every file is read once, several at a time, by rank
-    0: for the 384 GB of a 32B model 38 s at 10 GB/s, and what the page cache keeps of them is not read again by the load.
+    Its fingerprint is compared before a tensor is read. Then rank 0 reads every file once, several at a time: for the
+    384 GB of a 32B model 38 s at 10 GB/s, and what the page cache keeps of them is not read again by the load.
 
     Raises:
         CheckpointError: it is another run's.
