@@ -22,10 +22,15 @@ from entrypoint.launch.verdict import Verdict, combine, report
 DEADLINE = 60.0
 ROOT = Path(__file__).parent.parent
 DRIVER = (
-    "import os, sys\nfrom entrypoint.launch.launcher import launch\n"
-    "from entrypoint.errors import RunError\n"
+    "import os, sys\nfrom pathlib import Path\nfrom entrypoint.launch.launcher import launch\n"
+    "from entrypoint.errors import RunError\nfrom entrypoint.launch.restarts import Restarts\n"
+    "from entrypoint.story import Story\n"
     "patience, *argv = sys.argv[1:]\n"
-    "try: code = launch(argv, os.environ, module='tests.toy_rank', patience=float(patience), kill_after=0.3)\n"
+    "count = os.environ.get('RESTART_COUNT')\n"
+    "restarts = Restarts(Story(Path(argv[0]), 'toy'), 3, int(count) if count else None)\n"
+    "more = {name: float(os.environ.get(name, 60)) for name in ('grace', 'hold')}\n"
+    "try: code = launch(argv, os.environ, module='tests.toy_rank', restarts=restarts, patience=float(patience), "
+    "kill_after=0.3, **more)\n"
     "except RunError as error: print(error, file=sys.stderr); code = error.exit_code\n"
     "assert 'torch' not in sys.modules\nsys.exit(code)\n"
 )
@@ -257,6 +262,85 @@ def test_sigterm_before_a_rank_can_catch_it_is_a_stop_not_a_crash(launch: Launch
     files(tmp_path, "started.0", "started.1")
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 75
+
+
+def test_ranks_that_do_not_leave_within_the_grace_are_killed(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:catch,wait=never", "1:catch,until=TERM,exit=75", ranks=2, grace="0.5")
+    files(tmp_path, "ready.0", "ready.1")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process)
+    assert code == 75
+    assert "ranks 0 had not left 0.5 s after the signal (checkpoint.grace_seconds): killed" in err
+
+
+NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_a_node_that_was_not_told_holds_and_then_leaves_by_itself(launch: Launch) -> None:
+    """Node 1's ranks stop because node 0 was told."""
+    begun = time.monotonic()
+    told = launch("0:exit=75", **NODES, NODE_RANK="0", hold="3")
+    held = launch("1:hold", **NODES, NODE_RANK="1", hold="3")
+    code, _, err = end(told)
+    assert (code, "holds" in err) == (75, False)
+    assert held.poll() is None
+    code, _, err = end(held)
+    assert code == 75
+    assert "another node was told to stop, this one was not: it holds, saved, for up to 3 s" in err
+    assert time.monotonic() - begun >= 3
+
+
+def test_a_node_that_holds_leaves_as_soon_as_it_is_told(launch: Launch, tmp_path: Path) -> None:
+    process = launch("1:hold", **NODES, NODE_RANK="1", hold="600")
+    assert process.stderr is not None
+    while "holds" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+
+
+def test_a_lone_node_does_not_hold(launch: Launch) -> None:
+    assert end(launch("0:hold", hold="600"))[0] == 75
+
+
+def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:
+    """A pause of 2 s and one of 4 s between them; then a human has the word: the next start is a new beginning."""
+    words = ("fail=ValueError: boom", "die=KILL", "crash=3")
+    errs = []
+    for word, code in zip(words, (1, 137, 3), strict=True):
+        ended, _, err = end(launch(f"0:{word}"))
+        assert ended == code
+        errs.append(err)
+    assert "starting again" not in errs[0]
+    assert "launcher: the last start crashed (ValueError: boom); starting again in 2 s" in errs[1]
+    assert "launcher: the last start crashed (rank 0 was killed by SIGKILL); starting again in 4 s" in errs[2]
+    (tmp_path / "started.0").unlink()
+    code, _, err = end(launch("0:exit=0"))
+    assert (code, err.count("\n")) == (64, 1)
+    assert err.startswith(f"{tmp_path}: 3 starts in a row crashed without a newer checkpoint ")
+    assert "(checkpoint.max_crashes=3); the first: ValueError: boom; mend that and start again" in err
+    assert not (tmp_path / "started.0").exists()
+    assert end(launch("0:exit=0"))[0] == 0
+
+
+def test_the_pause_grows_with_the_restart_count_and_a_notice_ends_it(launch: Launch, tmp_path: Path) -> None:
+    assert end(launch("0:crash=1"))[0] == 1
+    (tmp_path / "started.0").unlink()
+    process = launch("0:exit=0", RESTART_COUNT="9")
+    assert process.stderr is not None
+    assert "starting again in 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGUSR1)  # says nothing about stopping
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    assert not (tmp_path / "started.0").exists()
+
+
+def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:catch,until=TERM,crash=1")
+    files(tmp_path, "ready.0")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert "starting again" not in end(launch("0:exit=0"))[2]
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
