@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrypoint.checkpoint import Checkpoints
 from entrypoint.checkpoint.lock import Lock
+from entrypoint.checkpoint.mirror import Mirror
 from entrypoint.checkpoint.probe import check_shared
 from entrypoint.conf import Run
 from entrypoint.config import fingerprint_keys
@@ -23,9 +24,6 @@ from entrypoint.model.fetch import fetch_model, model_identity
 from entrypoint.output.publish import claim_output
 from entrypoint.storage import explained
 from entrypoint.world import World
-
-if TYPE_CHECKING:
-    from entrypoint.checkpoint.mirror import Mirror
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,6 @@ def _mirror(run: Run, world: World) -> Mirror | None:
     """Where rank 0 copies checkpoints to."""
     if run.checkpoint.mirror is None or not world.is_main:
         return None
-    from entrypoint.checkpoint.mirror import Mirror
-
     return Mirror(run.checkpoint.mirror, run.data.endpoint_url, keep=run.checkpoint.keep, warn=world.warn)
 
 

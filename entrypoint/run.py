@@ -15,6 +15,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import datasets
 import transformers
 
+from entrypoint.checkpoint.schedule import Schedule
 from entrypoint.conf import Data, Run
 from entrypoint.data.report import Counts
 from entrypoint.errors import EXIT_DONE, RunError, StoppedError
@@ -31,6 +32,8 @@ from entrypoint.training.grace import Grace
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.watch import STOP, Watch
 from entrypoint.world import World, joined
+
+LEAVING_SECONDS = 10  # of the grace, for what comes after the last copy
 
 
 def run_rank(run: Run, watch: Watch) -> None:
@@ -84,7 +87,12 @@ def build(run: Run, loaded: Loaded, world: World, story: Story | None) -> Sessio
     report(run, loaded, steps, world, pairs=len(held))
     tracker = _tracker(run, loaded, steps, world)
     course = Course(
-        eval_steps=run.train.eval_steps, world=world, tracker=tracker, story=story, grace=_grace(run, story, world)
+        eval_steps=run.train.eval_steps,
+        world=world,
+        tracker=tracker,
+        story=story,
+        grace=_grace(run, story, world),
+        schedule=Schedule(run.checkpoint.save_seconds) if world.is_main else None,
     )
     loaded.checkpoints.on_saved = course.saved
     log_probs = loaded.reference_folder(compute_dtype(run.train))
@@ -159,12 +167,26 @@ def train(session: Session) -> None:
     session.loaded.checkpoints.wait()
     session.seconds = time.monotonic() - started
     if session.course.stopped:
+        session.world.once(lambda: _finish_mirror(session))
+        step, checkpoints = session.trainer.state.global_step, session.loaded.checkpoints
+        saved = "saved" if checkpoints.newest == step else f"which is not saved, but step {checkpoints.newest} is,"
         raise StoppedError(
-            f"stopped by a signal at step {session.trainer.state.global_step} of {session.plan.steps}, saved in "
-            f"{session.loaded.checkpoints.folder}; start the same command again to go on",
+            f"stopped by a signal at step {step} of {session.plan.steps}, {saved} in {checkpoints.folder}; "
+            "start the same command again to go on",
             hold=session.world.watch.told != STOP,
         )
     session.after = session.evaluate()
+
+
+def _finish_mirror(session: Session) -> None:
+    """On rank 0, after a notice: the copy to the mirror has what is left of the grace."""
+    mirror, course = session.loaded.checkpoints.mirror, session.course
+    if mirror is None:
+        return
+    passed = time.monotonic() - course.stopped_at + course.step_seconds  # the signal came within the last step
+    left = session.run.checkpoint.grace_seconds - passed - LEAVING_SECONDS
+    if not mirror.finish(max(0.0, left)):
+        session.world.warn("the newest checkpoint is not in checkpoint.mirror yet; the next start copies it")
 
 
 def report(run: Run, loaded: Loaded, steps: Plan, world: World, *, pairs: int) -> None:

@@ -29,7 +29,7 @@ from entrypoint.errors import (
     StoppedError,
 )
 from entrypoint.pulse import Pulse
-from entrypoint.watch import STOP, Leaving, Watch
+from entrypoint.watch import NOTHING, STOP, Leaving, Watch
 
 T = TypeVar("T")
 
@@ -130,9 +130,9 @@ class World:
         if self.store is not None:
             self._farewell("end")
 
-    def agreed(self) -> int:
-        """The most that any rank was told, the same on all; one all-reduce of one number. See `watch`."""
-        return int(self.most(self.watch.told))
+    def agreed(self, wanted: int = NOTHING) -> int:
+        """The most that any rank was told, or wants by itself, the same on all; one all-reduce of one number."""
+        return int(self.most(max(self.watch.told, wanted)))
 
     def check_stop(self, doing: str) -> None:
         """Where every rank comes by again and again while nothing is to be saved: leave together, if one was told to.

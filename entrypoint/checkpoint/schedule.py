@@ -16,11 +16,15 @@ class Schedule:
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
         self._clock = clock
-        self._last = clock()
+        self.begin()
+
+    def begin(self) -> None:
+        """The time to the next checkpoint begins."""
+        self._last = self._clock()
 
     def due(self) -> bool:
-        """Whether a checkpoint is due now; asked once a step, and the time to the next one begins with a yes."""
+        """Whether a checkpoint is due now; asked once a step, and after a yes the time begins anew."""
         if self.seconds is None or self._clock() - self._last < self.seconds:
             return False
-        self._last = self._clock()
+        self.begin()
         return True

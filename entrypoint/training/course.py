@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from entrypoint.checkpoint import Saved
+from entrypoint.checkpoint.schedule import Schedule
 from entrypoint.errors import StoppedError
 from entrypoint.story import Story
 from entrypoint.tracking.tracker import Tracker
@@ -26,11 +27,13 @@ class Course(TrainerCallback):
         tracker: takes metrics, on rank 0.
         story: takes events, on rank 0.
         grace: tells what a notice can cost, on rank 0.
+        schedule: says when a save is due by the clock, on rank 0.
 
     `evaluate` must be set before training: the held-out metrics of the policy, by all ranks together.
 
     Attributes:
         stopped: whether the ranks have agreed to stop and save.
+        stopped_at: when, by `time.monotonic`.
         step_seconds: of the newest step, from its begin to its end; 0 before the first.
     """
 
@@ -44,13 +47,15 @@ class Course(TrainerCallback):
         tracker: Tracker | None = None,
         story: Story | None = None,
         grace: Grace | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.eval_steps = eval_steps
         self.world = world
         self.tracker = tracker
         self.story = story
         self.grace = grace
-        self.stopped = False
+        self.schedule = schedule
+        self.stopped, self.stopped_at = False, 0.0
         self.step_seconds = 0.0
         self._begun = 0.0
 
@@ -71,6 +76,8 @@ class Course(TrainerCallback):
             self.tracker.step(state.global_step)
         if self.story:
             self.story.ready(state.global_step)
+        if self.schedule:
+            self.schedule.begin()
         if self.grace:
             self.grace.begin(more["model"])
         resumed_into_evaluation = self._due(state) and self.world.once(lambda: not self._evaluated(state.global_step))
@@ -88,7 +95,8 @@ class Course(TrainerCallback):
             self.tracker.step(state.global_step)
         if self.story:
             self.story.reach(state.global_step)
-        told = self.world.agreed()
+        due = self.schedule is not None and self.schedule.due()
+        told = self.world.agreed(SAVE if due else NOTHING)
         if told == SAVE:
             self.world.watch.saved()
         stop = told == STOP and state.global_step < state.max_steps
@@ -103,6 +111,7 @@ class Course(TrainerCallback):
             control.should_log = True
         if stop:
             self.stopped = control.should_training_stop = True
+            self.stopped_at = time.monotonic()
             if self.story:
                 self.story.append("notice", step=state.global_step)
 
