@@ -24,7 +24,7 @@ ERRORS = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests"}
 FAULTS = (*ERRORS, "reset", "lost", "half", "slow")
 HOLE = "hole"  # no answer, ever; costs the client its time-out
 HOP = {"connection", "keep-alive", "transfer-encoding", "date", "server"}
-SLOW = 0.2  # seconds before the answer, and again in the middle of it
+SLOW = 0.05  # seconds before the answer, and again in the middle of it
 
 Plan = Callable[[int, str, str], str | None]
 
