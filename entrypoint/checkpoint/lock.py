@@ -143,11 +143,12 @@ class Lock:
 
     def _read(self) -> dict[str, Any]:
         """The lease as it stands; empty: nobody's."""
+        content = self.path.read_bytes() if self.path.exists() else b""
         try:
-            found = json.loads(self.path.read_bytes())
-            return found if {"host", "pid", "since", "machine", "holder"} <= found.keys() else {}
-        except (OSError, ValueError, AttributeError):
-            return {}
+            found: dict[str, Any] = json.loads(content) if content else {}
+        except ValueError:  # caught while it is written, or by a full disk
+            found = dict.fromkeys(("host", "pid", "since", "machine", "holder"), "?") | {"beat": content.hex()}
+        return found
 
 
 def _holder(lease: dict[str, Any]) -> str:
