@@ -95,6 +95,11 @@ class Watch:
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
 
+    def take(self, meaning: int) -> None:
+        """As if a signal had come that says so."""
+        self._stop |= meaning == STOP
+        self._save |= meaning == SAVE
+
     def saved(self) -> None:
         """What SIGUSR1 asked for is done; a stop stands."""
         self._save = False
@@ -126,8 +131,7 @@ class Watch:
         """What came within a tick."""
         if select.select([self._reader], [], [], TICK)[0]:
             for number in os.read(self._reader, 4096):
-                self._stop |= MEANING.get(signal.Signals(number)) == STOP
-                self._save |= MEANING.get(signal.Signals(number)) == SAVE
+                self.take(MEANING.get(signal.Signals(number), NOTHING))
 
     def _end(self, leaving: Leaving) -> None:
         """End the process, unless the main thread is about to."""
