@@ -23,6 +23,7 @@ from entrypoint.errors import CheckpointError, ModelError
 from entrypoint.model.fetch import fetch_model, model_identity
 from entrypoint.output.publish import claim_output
 from entrypoint.storage import explained
+from entrypoint.tracking.tracker import finish_again
 from entrypoint.world import World
 
 
@@ -70,7 +71,8 @@ def load(run: Run, world: World) -> Loaded | None:
         key = prepared_key(files, run.data, max_length, tokenizer)
         identity = model_identity(folder)
         fingerprint = {**fingerprint_keys(run), "traces": key, "model": identity}
-        if claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
+        if record := claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
+            finish_again(run, record)
             return {"done": True}
         with explained(str(checkpoint_folder), CheckpointError):
             checkpoint_folder.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,17 @@ class Tracker:
             self._mlflow.close()
 
 
+def finish_again(run: Run, record: Mapping[str, Any]) -> None:
+    """Finish the tracking of a complete output: the start that wrote it may have been killed before it had.
+
+    Args:
+        record: its run.json.
+    """
+    if run.tracking.mlflow_uri and MlflowRun.known(Path(str(run.checkpoint.path)), run.tracking.mlflow_uri):
+        steps = int(record["training"]["steps"])
+        Tracker(run, resumed_at=steps, total_steps=steps).finish(record)
+
+
 def _tracked(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / RUN_FILE).read_bytes())["run"])
