@@ -221,7 +221,8 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     (again,) = client.search_model_versions("name='tuned'")
     assert (again.source, again.run_id, again.tags) == (version.source, version.run_id, tags)
     assert client.get_run(done.info.run_id).info.status == "FINISHED"
-    finish_again(run_of(tmp_path / "deleted", mlflow_uri=mlflow_server.uri), RECORD)  # its folder is gone: nothing to do
+    # Where the folder was deleted there is nothing to do.
+    finish_again(run_of(tmp_path / "deleted", mlflow_uri=mlflow_server.uri), RECORD)
     assert not (tmp_path / "deleted").exists()
     assert "mlflow: " not in capfd.readouterr().err
 
