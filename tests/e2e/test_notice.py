@@ -78,6 +78,17 @@ def events(start: Start, name: str) -> list[dict[str, Any]]:
 Moment = Callable[[Start, "subprocess.Popen[str]"], None]
 
 
+def starting(start: Start, process: subprocess.Popen[str]) -> None:
+    """As soon as the launcher catches SIGTERM."""
+
+    def catches() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+    wait_until(catches)
+
+
 def importing(start: Start, process: subprocess.Popen[str]) -> None:
     wait_until(lambda: len(ranks(process)) == 2)
 
@@ -90,8 +101,9 @@ def in_the_reference_pass(start: Start, process: subprocess.Popen[str]) -> None:
     wait_until(lambda: bool([*start.folder.glob("checkpoints/prepared/*/reference-*/train")]))
 
 
-def in_a_step_or_its_evaluation(start: Start, process: subprocess.Popen[str]) -> None:
-    start.wait_for_step(process, 3)
+def after(step: int) -> Moment:
+    """In a later step or its evaluation, which takes longer."""
+    return lambda start, process: start.wait_for_step(process, step)
 
 
 def interrupted(start: Start, moment: Moment, tell: Callable[[subprocess.Popen[str]], None]) -> tuple[Ended, float]:
@@ -125,17 +137,18 @@ def test_a_run_told_to_stop_again_and_again_ends_as_if_it_had_not_been(scene: Sc
 
     start = scene.start("told")
     for moment, tell in (
+        (starting, tell_the_launcher),
         (importing, tell_the_launcher),
         (preparing, tell_one_rank),
         (in_the_reference_pass, tell_the_launcher),
-        (in_a_step_or_its_evaluation, tell_one_rank),
-        (in_a_step_or_its_evaluation, tell_twice),
+        (after(2), tell_one_rank),
+        (after(7), tell_twice),
     ):
         ended, seconds = interrupted(start, moment, tell)
-        assert ended.code == 75, f"{moment.__name__}: {ended.err}"
-        assert "Traceback" not in ended.err, moment.__name__
-        assert "start the same command again" in ended.last_word, f"{moment.__name__}: {ended.err}"
-        assert seconds <= AT_ONCE + SLACK, moment.__name__
+        assert ended.code == 75, f"{moment}: {ended.err}"
+        assert "Traceback" not in ended.err
+        assert "start the same command again" in ended.last_word, f"{moment}: {ended.err}"
+        assert seconds <= AT_ONCE + SLACK, moment
 
     again = start.run()
     assert again.code == 0, again.err
