@@ -57,6 +57,13 @@ WORDS = [
     line("train group", "train: its numbers follow the method; select that instead: method=dpo", "train=dpo"),
     line("group's value", "checkpoint: expected keys, such as checkpoint.path, got 'auto'", "checkpoint=auto"),
     line("group null", "checkpoint: holds nothing; give keys below it", "checkpoint=null"),
+    line(
+        "save 0",
+        "checkpoint.save_every: expected an integer >= 1 or minutes, such as 10m, got 0",
+        "checkpoint.save_every=0",
+    ),
+    line("save s", "or minutes, such as 10m, got '90s'", "checkpoint.save_every=90s"),
+    line("save 0m", "or minutes, such as 10m, got '0m'", "checkpoint.save_every=0m"),
     line("grammar", "train.seed: 'train.seed=[1' can't be read", "train.seed=[1"),
     line("no value", "'train.seed': expected key=value", "train.seed"),
     line("no key", "'=3': expected key=value", "=3"),
