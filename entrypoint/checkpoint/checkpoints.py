@@ -110,10 +110,10 @@ class Checkpoints:
         if self._writer is None:
             self._writer = Writer(self.folder, self._group(), self.check)
         staged = self._staging.copy(get_state(model, optimizer, rank=self.world.rank))
-        documents = {
-            SCHEDULER: json.dumps(scheduler.state_dict()),
-            TRAINER_STATE: json.dumps({field.name: getattr(state, field.name) for field in fields(state)}),
-        }
+        documents = {}
+        if self.world.is_main:
+            documents[SCHEDULER] = json.dumps(scheduler.state_dict())
+            documents[TRAINER_STATE] = json.dumps({field.name: getattr(state, field.name) for field in fields(state)})
         manifest = Manifest(state.global_step, self.fingerprint, best, {})
         self._save = _Save(manifest.step, lambda save: self._write(save, staged, documents, manifest), began)
 
@@ -152,7 +152,7 @@ class Checkpoints:
         if self.mirror:
             self.mirror.submit(path)
         try:
-            find.prune(self.folder, keep=self.keep, spare=getattr(self.mirror, "uploading", None))
+            find.prune(self.folder, keep=self.keep, spare=self.mirror.uploading if self.mirror else None)
         except OSError as error:
             self.world.warn(f"{self.folder}: an older checkpoint can't be removed ({error})")
 
