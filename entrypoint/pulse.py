@@ -17,6 +17,7 @@ from entrypoint.errors import EXIT_LOST
 from entrypoint.watch import Leaving
 
 INTERVAL = 0.5  # seconds between two beats
+SHARE = 0.9  # of the time-out: sooner than a collective's own, which doesn't say who is lost, and of NCCL's is an abort
 PATIENCE_WHEN_TOLD = 15.0  # seconds of silence: of a notice's time nothing is to be waited away for a lost rank
 STORE_GONE = 10.0  # seconds: rank 0 may have left in order, and this rank be about to
 ANNOUNCE = 2.5  # seconds for the others to hear
@@ -24,10 +25,10 @@ LEAVING, HEARD = "leaving", "leaving/heard"
 
 
 class Pulse:
-    """This rank's beat and what it knows of the others'; `limit` is the longest silence, in seconds."""
+    """This rank's beat and what it knows of the others'; `timeout` is that of a collective, in seconds."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, limit: float) -> None:
-        self._store, self._rank, self._size, self._limit = store, rank, size, limit
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self._store, self._rank, self._size, self._limit = store, rank, size, SHARE * timeout
         self._names = [f"beat/{other}" for other in range(size)]
         self._clock = 0.0  # seconds in which this process ran: while it was stopped nobody was silent
         self._beats = [b""] * size

@@ -233,7 +233,7 @@ def _meet(rank: int, size: int, timeout: int, watch: Watch) -> tuple[World, Puls
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostRankError(f"{where}: not all of {size} ranks met within {timeout} s: {_line(error)}") from error
-    watch.peers = pulse = Pulse(beats, rank, size, limit=timeout)
+    watch.peers = pulse = Pulse(beats, rank, size, timeout)
     pulse.start()
     watch.start()
     return world, pulse

@@ -299,8 +299,17 @@ def test_a_node_that_holds_leaves_as_soon_as_it_is_told(launch: Launch, tmp_path
     assert end(process)[0] == 75
 
 
+def test_nodes_that_have_lost_each_other_hold_for_different_times(launch: Launch) -> None:
+    nodes = [launch(f"{rank}:exit=76", **NODES, NODE_RANK=str(rank), hold="2") for rank in range(2)]
+    ends = [end(node) for node in nodes]
+    assert [code for code, _, _ in ends] == [76, 76]
+    said = [f"a rank of another node crashed or is lost: this node holds, for up to {seconds} s" for seconds in (1, 2)]
+    assert [words in err for words, (_, _, err) in zip(said, ends, strict=True)] == [True, True]
+
+
 def test_a_lone_node_does_not_hold(launch: Launch) -> None:
     assert end(launch("0:hold", hold="600"))[0] == 75
+    assert end(launch("0:exit=76", hold="600"))[0] == 76
 
 
 def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 It is process 1 of a container: it reaps whatever is orphaned, and its exit code is what Kubernetes sees.
 The order of verdicts is: 64 (starting again would not help), a crash's code, 75 (start again), 0.
-A node that was not told to stop, while another was, holds: all pods that end in one instant can make Volcano give the
-run up. It holds here and not in the ranks, which have saved, and give the devices and the network back.
+A node that was not told to stop, while another was, holds, as does one that has lost another: all pods that end in one
+instant can make Volcano give the run up. It holds here and not in the ranks, which have saved, and give the devices
+and the network back.
 Why not torch's elastic agent: it ends the siblings of a rank that leaves with 75 at once, and itself with 143.
 """
 
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from entrypoint.errors import EXIT_DONE, EXIT_STOPPED
+from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE, STDERR, STDOUT, Output, RankProcess, start_rank
 from entrypoint.launch.restarts import Restarts
 from entrypoint.launch.topology import Topology, read_topology
@@ -53,7 +54,7 @@ def launch(
         module: what `python -m` runs as a rank.
         restarts: the run's earlier starts: after a crash there is a pause, after several a refusal.
         grace: seconds from a signal to stop until ranks that are still there are killed.
-        hold: seconds that a node of several waits, once its ranks have stopped, to be told to stop too.
+        hold: seconds that a node of several waits to be told to stop, once its ranks have stopped because of another.
         patience: seconds that the others get after a crash or a 64, before SIGTERM.
         kill_after: seconds between that SIGTERM and SIGKILL.
 
@@ -85,8 +86,12 @@ def launch(
         gang.close()
     if restarts and (verdict.crashed or (verdict.code == EXIT_STOPPED and topology.node_rank == 0)):
         restarts.note(verdict, topology, told=gang.stopping)
-    if verdict.code == EXIT_STOPPED and verdict.hold and topology.nodes > 1 and not gang.stopping:
-        _hold(wakeup, hold)
+    if topology.nodes > 1 and not gang.stopping:
+        if verdict.code == EXIT_STOPPED and verdict.hold:
+            _hold(wakeup, "another node was told to stop, this one was not: it holds, saved", hold)
+        elif verdict.code == EXIT_LOST:  # nodes that have lost each other don't end in one instant either
+            share = hold * (1 + topology.node_rank) / topology.nodes
+            _hold(wakeup, "a rank of another node crashed or is lost: this node holds", share)
     return verdict.code
 
 
@@ -97,9 +102,9 @@ def _told_in_pause(wakeup: int, seconds: float, why: str) -> bool:
     return seconds > 0 and _told_within(wakeup, seconds)
 
 
-def _hold(wakeup: int, seconds: float) -> None:
-    """Wait to be told to stop, as another node was."""
-    _say(f"another node was told to stop, this one was not: it holds, saved, for up to {seconds:g} s")
+def _hold(wakeup: int, why: str, seconds: float) -> None:
+    """Wait to be told to stop, so that the node that has the reason leaves first."""
+    _say(f"{why}, for up to {seconds:g} s")
     _told_within(wakeup, seconds)
 
 

@@ -98,7 +98,9 @@ def preparing(start: Start, process: subprocess.Popen[str]) -> None:
 
 
 def in_the_reference_pass(start: Start, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: bool([*start.folder.glob("checkpoints/prepared/*/reference-*/train")]))
+    """The model is loaded between this start's first event and the pass."""
+    begun = len(events(start, "start"))
+    wait_until(lambda: len(events(start, "start")) > begun)
 
 
 def after(step: int) -> Moment:
