@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from entrypoint.checkpoint.manifest import File, Manifest
+from entrypoint.checkpoint.manifest import DamagedError, File, Manifest
 from entrypoint.errors import RefusedElsewhere, RunError
 from entrypoint.storage import explain, sync
 
@@ -69,13 +70,8 @@ class Writer:
         files, refused, fault = self._write_tensors(state, partial)
         heard = self._exchange((files, refused, fault is not None))
         refused = next((said for _, said, _ in heard if said), None)
-        if refused is None and fault is None:
-            whole = Manifest(
-                manifest.step,
-                manifest.fingerprint,
-                manifest.best,
-                {name: file for files, _, _ in heard for name, file in files.items()},
-            )
+        if refused is None and not any(failed for _, _, failed in heard):
+            whole = replace(manifest, files={name: file for files, _, _ in heard for name, file in files.items()})
             if self.is_main:
                 refused, fault = self._seal(partial, final, documents, whole)
             said = str(fault) if isinstance(fault, RunError) else None
@@ -126,6 +122,8 @@ class Writer:
             sync(self.folder)
         except OSError as error:
             return explain(error, str(partial)), error
+        except DamagedError as error:  # already
+            return f"{partial}: {error}", error
         except Exception as error:  # the other ranks wait to hear of it
             return None, error
         return None, None
