@@ -12,8 +12,8 @@ from transformers import TrainerState
 
 from entrypoint.checkpoint import Checkpoints
 from entrypoint.world import World
-from tests.trainers.builders import ALONE
 
+ALONE = World(rank=0, size=1, store=None)
 RUN = {"train.learning_rate": 1e-5, "train.seed": 42}
 
 
