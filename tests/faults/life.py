@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -28,6 +27,7 @@ BEGINNING = ("start", "data preparation", "reference pass")
 COURSE = ("step", "save", "upload")
 PHASES = (*BEGINNING, *COURSE, "final write")
 ENDED = "ended"
+REACHED = "story.step"
 
 
 @dataclass
@@ -61,7 +61,8 @@ class Life:
     def start(self, *, ranks: int | None = None, real: bool = False, clock: float = 0.0) -> Start:
         """Start the run; `real`: by its command, whose ranks spend most of their time in imports."""
         self.starts += 1
-        env = scrubbed({**self.env, "LOCAL_WORLD_SIZE": str(ranks or self.ranks)})
+        # RESTART_COUNT: the pause after a crash is the shortest, two seconds, however often this run has crashed.
+        env = scrubbed({"RESTART_COUNT": "1", **self.env, "LOCAL_WORLD_SIZE": str(ranks or self.ranks)})
         logs = [self.folder / f"{name}.{self.starts}" for name in ("stdout", "stderr")]
         argv = [*self.words.values()]
         begun = Begun.of(self)
@@ -76,27 +77,9 @@ class Life:
             process = self.zygote.start(Request(argv, env, *map(str, logs), fsdp=self.fsdp, clock=clock))
         return Start(self, process, logs, begun)
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """Events of the story so far."""
-        found = []
-        with suppress(OSError):
-            for text in (self.checkpoints / "story.jsonl").read_text().splitlines():
-                with suppress(ValueError):
-                    found += [line for line in [json.loads(text)] if line["event"] == name]
-        return found
-
-    @property
-    def reached(self) -> int:
-        """The newest step that is done."""
-        with suppress(OSError, ValueError):
-            return int(json.loads((self.checkpoints / "story.step").read_text())["step"])
-        return 0
-
-    @property
-    def saved(self) -> int:
-        """The step of the newest complete checkpoint on disk; 0: none."""
-        steps = [int(path.parent.name[5:]) for path in self.checkpoints.glob("step-????????/manifest.json")]
-        return max(steps, default=0)
+    def events(self, name: str) -> int:
+        """How many events of this name the story has so far."""
+        return _content(self.checkpoints / "story.jsonl").count(f'"event": "{name}"'.encode())
 
 
 Process = Forked | subprocess.Popen[bytes]
@@ -109,10 +92,11 @@ class Begun:
     holder: bytes
     starts: int
     ready: int
+    reached: bytes
 
     @classmethod
     def of(cls, life: Life) -> Begun:
-        return cls(_lease(life), len(life.events("start")), len(life.events("ready")))
+        return cls(_holder(life), life.events("start"), life.events("ready"), _content(life.checkpoints / REACHED))
 
 
 @dataclass
@@ -129,18 +113,31 @@ class Start:
         life = self.life
         if self.process.poll() is not None:
             return ENDED
-        if _lease(life) in (b"", self.begun.holder):
+        if not self.known and _holder(life) in (b"", self.begun.holder):
             return "start"
-        if len(life.events("start")) <= self.begun.starts:
+        if not self.known:
             return "data preparation"
-        if len(life.events("ready")) <= self.begun.ready:
+        if life.events("ready") <= self.begun.ready:
             return "reference pass"
         names = os.listdir(life.checkpoints)
         if "final.partial" in names:
             return "final write"
-        if any(name.startswith("step-") and name.endswith(".partial") for name in names):
-            return "save"
-        return "upload" if life.uploading() else "step"
+        if life.uploading():
+            return "upload"
+        return "save" if any(name.startswith("step-") and name.endswith(".partial") for name in names) else "step"
+
+    @property
+    def known(self) -> bool:
+        """Whether it has looked at the checkpoints: the story knows of it."""
+        return self.life.events("start") > self.begun.starts
+
+    @property
+    def reached(self) -> int:
+        """The newest step that was done in this start; 0: none."""
+        content = _content(self.life.checkpoints / REACHED)
+        with suppress(ValueError, KeyError):
+            return 0 if content == self.begun.reached else int(json.loads(content)["step"])
+        return 0
 
     def watch_phases(self) -> dict[str, float]:
         """Wait for its end; the longest time that it was in each phase without a break, in seconds."""
@@ -172,6 +169,11 @@ class Start:
             return sorted(children, key=lambda child: (child.create_time(), child.pid))[: self.life.ranks]
         return []
 
+    @property
+    def done(self) -> bool:
+        """Whether the output is complete."""
+        return (self.life.out / "run.json").exists()
+
     def lose(self) -> None:
         """SIGKILL to the launcher, with which its ranks die, as with a machine; waits until all are gone."""
         family = self.ranks()
@@ -191,10 +193,17 @@ class Start:
         return Ended(code, out, err, self.life.checkpoints, self.life.out)
 
 
-def _lease(life: Life) -> bytes:
-    """The lock's content without its beat."""
+def _content(path: Path) -> bytes:
+    """What a file says; empty where it is not there."""
     try:
-        content = (life.checkpoints / "lock").read_bytes()
-        return str(json.loads(content)["holder"]).encode() if content.strip() else b""
-    except (OSError, ValueError, KeyError):
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _holder(life: Life) -> bytes:
+    """Who holds the folder by its lock; a killed holder still does."""
+    try:
+        return str(json.loads(_content(life.checkpoints / "lock"))["holder"]).encode()
+    except (ValueError, KeyError):
         return b""

@@ -89,7 +89,7 @@ class Scene:
             return self._straight[shape]
 
     def life(self, name: str, shape: Shape, *words: str) -> Life:
-        """A run that may be started again and again; `words` come after the shape's own, and count where they differ."""
+        """A run that may be started again and again; `words` count where the shape's own differ."""
         folder = self.folder / name
         folder.mkdir(parents=True)
         said = (
@@ -100,7 +100,8 @@ class Scene:
             *shape.words,
             *words,
         )
-        return Life(self.zygote, folder, shape.ranks, shape.fsdp, {word.partition("=")[0]: word for word in said})
+        words = {word.partition("=")[0]: word for word in said}
+        return Life(self.zygote, folder, shape.ranks, shape.fsdp, words)
 
 
 @contextlib.contextmanager

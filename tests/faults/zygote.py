@@ -119,6 +119,7 @@ def _fork(request: Request) -> int:
 def _become(request: Request) -> None:
     """`python -m entrypoint <argv>`, to its end."""
     import entrypoint.launch.launcher
+    from entrypoint.__main__ import leave_early
     from entrypoint.command import main
 
     def start_rank(
@@ -128,6 +129,9 @@ def _become(request: Request) -> None:
 
     entrypoint.launch.launcher.start_rank = start_rank
     _set_environment(request.env)
+    signal.signal(signal.SIGTERM, leave_early)
+    signal.signal(signal.SIGINT, leave_early)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.argv = ["entrypoint", *request.argv]
     code = main(request.argv)
     sys.stdout.flush()
@@ -144,6 +148,7 @@ def _forked_rank(
     inherited: Collection[int],
 ) -> Any:
     """As `entrypoint.launch.rank_process.start_rank`, without executing Python anew."""
+    from entrypoint.__main__ import leave_early
     from entrypoint.launch.rank_process import STDERR, STDOUT, RankProcess
     from entrypoint.launch.verdict import VERDICT_VARIABLE
 
@@ -163,8 +168,10 @@ def _forked_rank(
                 os.dup2(end, target)
             _close_all_but(writer)
             signal.set_wakeup_fd(-1)
-            for number in caught:
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, leave_early)
+            signal.signal(signal.SIGINT, leave_early)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
             _be_rank(request, argv, {**environ, VERDICT_VARIABLE: str(writer)})
         except BaseException as error:
@@ -239,12 +246,17 @@ class Forked:
 
 
 class Zygote:
-    """The forking process, for use by any number of threads; ended by `close`."""
+    """The forking process, for use by any number of threads; ended by `close`.
+
+    Attributes:
+        seconds: that its imports took: what a real start takes too.
+    """
 
     def __init__(self) -> None:
         self._asking, self._replied = threading.Lock(), threading.Semaphore(0)
         self._pids: list[int] = []
         self._running: dict[int, Forked] = {}
+        begun = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"],
             env=scrubbed(),
@@ -257,6 +269,7 @@ class Zygote:
         ready = json.loads(self._process.stdout.readline())
         if ready["ready"]:
             raise RuntimeError(f"the zygote has threads after its imports ({ready['ready']}): no fork of it is safe")
+        self.seconds = time.monotonic() - begun
         threading.Thread(target=self._read, name="zygote", daemon=True).start()
 
     def start(self, request: Request) -> Forked:
