@@ -13,6 +13,7 @@ PYTHON_MIN := 3.11
 # Each can be given on the command line: `make pytest WORKERS=4 PYTEST_ARGS='-k resume'`.
 WORKERS ?= 2        # pytest workers; one thread each, so about one a core
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=      # `make faults FAULTS_ARGS='--seed 7 --case kill:17'`
 DATA ?=             # traces for the demo: a folder or s3://…; empty: the ones in the package
 ENDPOINT_URL ?=     # S3 endpoint of DATA, where it is not AWS's own
 UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml leaves open
@@ -78,6 +79,10 @@ schema-check: setup ## Fail if the committed schema is not the one that the data
 .PHONY: pytest
 pytest: setup tools ## The tests alone; PYTEST_ARGS='-m "not slow"' leaves the long ones out.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: setup tools ## The fault matrix, about an hour: runs that are killed, stopped and cut off; see docs/reliability.md.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults --tests $(FAULTS_ARGS)
 
 ##@ Build
 

@@ -33,7 +33,8 @@ from tests.servers.toxiproxy import Toxiproxy
 from tests.servers.toxiproxy import toxiproxy as start_toxiproxy
 
 MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
-BY_MODULE = ("tests/e2e/", "tests/trainers/test_world_size.py")  # a module looks at the same runs from many sides
+# A module looks at the same runs from many sides.
+BY_MODULE = ("tests/e2e/", "tests/faults/", "tests/trainers/test_world_size.py")
 
 
 @pytest.hookimpl(optionalhook=True)

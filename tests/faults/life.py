@@ -74,7 +74,7 @@ class Life:
                     command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
         else:
-            process = self.zygote.start(Request(argv, env, *map(str, logs), fsdp=self.fsdp, clock=clock))
+            process = self.zygote.start(Request(argv, env, str(logs[0]), str(logs[1]), self.fsdp, clock))
         return Start(self, process, logs, begun)
 
     def events(self, name: str) -> int:

@@ -100,8 +100,8 @@ class Scene:
             *shape.words,
             *words,
         )
-        words = {word.partition("=")[0]: word for word in said}
-        return Life(self.zygote, folder, shape.ranks, shape.fsdp, words)
+        by_key = {word.partition("=")[0]: word for word in said}
+        return Life(self.zygote, folder, shape.ranks, shape.fsdp, by_key)
 
 
 @contextlib.contextmanager

@@ -118,16 +118,16 @@ def _fork(request: Request) -> int:
 
 def _become(request: Request) -> None:
     """`python -m entrypoint <argv>`, to its end."""
-    import entrypoint.launch.launcher
     from entrypoint.__main__ import leave_early
     from entrypoint.command import main
+    from entrypoint.launch import launcher
 
     def start_rank(
         module: str, argv: Sequence[str], environ: Mapping[str, str], rank: int, output: Any, inherited: Collection[int]
     ) -> Any:
         return _forked_rank(request, argv, environ, rank, output, inherited)
 
-    entrypoint.launch.launcher.start_rank = start_rank
+    launcher.start_rank = start_rank  # type: ignore[attr-defined]
     _set_environment(request.env)
     signal.signal(signal.SIGTERM, leave_early)
     signal.signal(signal.SIGINT, leave_early)
