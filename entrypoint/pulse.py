@@ -56,13 +56,13 @@ class Pulse:
             return self._heard
         limit = min(PATIENCE_WHEN_TOLD, self._limit) if told else self._limit
         if self._gone is not None and self._clock - self._gone > min(STORE_GONE, limit):
-            return Leaving(EXIT_LOST, "rank 0 is gone, and the store with it; leaving")
+            return Leaving(EXIT_LOST, "rank 0 is gone, and the store with it; leaving", waited=True)
         if self._clock - self._exchanged > limit:
-            return Leaving(EXIT_LOST, f"the store of rank 0 has not answered for {limit:g} s; leaving")
+            return Leaving(EXIT_LOST, f"the store of rank 0 has not answered for {limit:g} s; leaving", waited=True)
         silent = [rank for rank, since in enumerate(self._since) if self._clock - since > limit]
         if silent:
             who = ", ".join(map(str, silent[:8])) + ("" if len(silent) <= 8 else f" and {len(silent) - 8} more")
-            return Leaving(EXIT_LOST, f"nothing was heard of rank {who} for {limit:g} s; leaving")
+            return Leaving(EXIT_LOST, f"nothing was heard of rank {who} for {limit:g} s; leaving", waited=True)
         return None
 
     def announce(self, leaving: Leaving) -> None:

@@ -41,10 +41,12 @@ class Leaving:
     Attributes:
         code: 75 where a rank was told to stop before there was anything to agree on, else 76.
         why: one line.
+        waited: the time that the main thread has to leave by itself is over.
     """
 
     code: int
     why: str
+    waited: bool = False
 
 
 class Peers(Protocol):
@@ -119,7 +121,7 @@ class Watch:
                 told_at = now
             if self.peers and (news := self.peers.news(passed, told=self._stop)):
                 heard_at = now if heard_at is None else heard_at
-                if now - heard_at >= SHORTLY or self.patience == AT_ONCE:
+                if news.waited or now - heard_at >= SHORTLY or self.patience == AT_ONCE:
                     self._end(news)
             if told_at is not None and self.patience is not None and now - told_at >= self.patience:
                 leaving = Leaving(EXIT_STOPPED, "told to stop; start the same command again to go on")
