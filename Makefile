@@ -45,6 +45,7 @@ demo: setup ## GRPO and DPO on real traces, with a table before/after; DATA=s3:/
 bench: setup ## Measure preparation at scale, the time to the first step and what a checkpoint costs; see docs/benchmarks.md.
 	$(PYTHON) -m tests.bench.bench_prepare
 	$(PYTHON) -m tests.bench.bench_start
+	$(PYTHON) -m tests.bench.bench_signals
 	$(PYTHON) -m tests.bench.bench_save
 
 .PHONY: bench-step
