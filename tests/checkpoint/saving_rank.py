@@ -82,7 +82,7 @@ if __name__ == "__main__":
         os.chown(path, OTHER_USER, OTHER_USER)
         os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
     try:
-        with joined(60) as world:
+        with joined(300) as world:
             main(path, kind, world)
     except RunError as error:
         print(f"entrypoint: {error}", file=sys.stderr)

@@ -36,7 +36,7 @@ def save(folder: Path, fault: str, ranks: int = 1) -> subprocess.CompletedProces
             TMPFS.format(folder=folder, ranks=f"{{ {script}; }}"),
         ]
     return subprocess.run(
-        words, cwd=ROOT, env=scrubbed(meet), capture_output=True, text=True, timeout=300, check=False
+        words, cwd=ROOT, env=scrubbed(meet), capture_output=True, text=True, timeout=900, check=False
     )  # fmt: skip
 
 
