@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from tests.faults.judge import Verdict
 from tests.faults.life import ENDED, PHASES
@@ -51,7 +52,9 @@ def judge(scene: Scene, row: Row, number: int, seed: int) -> Verdict:
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     todo = [(NAMED[name], int(number)) for name, _, number in (case.partition(":") for case in options.case)]
-    todo = todo or [(row, number) for row in NAMED.values() for number in range(row.count) if row.name in options.rows]
+    if not todo:
+        todo = [(row, number) for row in NAMED.values() for number in range(row.count) if row.name in options.rows]
+        todo.sort(key=lambda case: case[1] / case[0].count)  # of every row the same share at any time
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=options.dir))
     print(f"faults: {len(todo)} cases, seed {options.seed}, in {folder}", flush=True)
     tallies, lock, begun = {name: Tally() for name in NAMED}, threading.Lock(), time.monotonic()
@@ -59,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
 
         def one(row: Row, number: int) -> None:
             case, since = f"{row.name}:{number}", time.monotonic()
+            if since - begun > 60 * options.minutes:
+                return
             try:
                 verdict = judge(shared, row, number, options.seed)
             except Exception as error:
@@ -89,6 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--case", action="append", default=[], help="ROW:NUMBER, as it is printed")
     parser.add_argument("--rows", nargs="+", default=list(NAMED), choices=list(NAMED))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no case begins later")
     parser.add_argument("--tests", action="store_true", help="the tests that show rows too")
     parser.add_argument("--dir", help="where the runs are; default: the folder for temporary files")
     return parser.parse_args(argv)
@@ -96,10 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def report(tallies: dict[str, Tally], seed: int, seconds: float) -> None:
     """The table."""
-    print(
-        f"\nseed {seed}, {seconds / 60:.0f} min\n\n| row | runs | faults | where they hit | steps repeated | failed |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ("row", "runs", "faults", "where they hit", "steps repeated: starts", "seconds to the end", "failed")
+    print(f"\nseed {seed}, {seconds / 60:.0f} min\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, tally in tallies.items():
         if not tally.verdicts and not tally.failed:
             continue
@@ -109,9 +113,13 @@ def report(tallies: dict[str, Tally], seed: int, seconds: float) -> None:
         repeated = Counter(steps for verdict in tally.verdicts for _, steps in verdict.repeated)
         steps = ", ".join(f"{steps}: {repeated[steps]}" for steps in sorted(repeated))
         injected = sum(verdict.injected for verdict in tally.verdicts)
-        number = sum(fault.phase != ENDED for fault in faults)
-        count = f"{number}" + (f", and {injected:,} of the storage" if injected else "")
-        print(f"| {name} | {len(tally.verdicts)} | {count} | {where} | {steps} | {len(tally.failed)} |")
+        real = sum(fault.real for fault in faults)
+        number = f"{sum(fault.phase != ENDED for fault in faults)}"
+        number += f", {real} of the real command" if real else ""
+        number += f", and {injected:,} of the storage" if injected else ""
+        ends = sorted(fault.seconds for fault in faults if fault.phase != ENDED)
+        ended = f"{median(ends):.1f}, at most {ends[-1]:.1f}" if ends else ""
+        print(f"| {name} | {len(tally.verdicts)} | {number} | {where} | {steps} | {ended} | {len(tally.failed)} |")
 
 
 def run_tests() -> int:

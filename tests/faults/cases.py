@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -195,7 +196,7 @@ def world(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
 
 
 def s3(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
-    """Traces, model, mirror and output on S3, where a third of the requests fail; a kill or a notice in the midst."""
+    """Traces, model, mirror and output on S3, where two requests of five fail; a kill or a notice in the midst."""
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with on_s3(scene, name, shape, dice.randrange(1 << 30)) as (life, proxy):
@@ -212,13 +213,13 @@ def s3(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
 
 @contextmanager
 def on_s3(scene: Scene, name: str, shape: Shape, seed: int) -> Iterator[tuple[Life, FaultProxy]]:
-    """A life that has nothing but its checkpoints on disk, behind a proxy that breaks a third of the requests."""
+    """A life that has nothing but its checkpoints on disk, behind a proxy that breaks two requests of five."""
     bucket = scene.s3.bucket("faults")
 
     def weather(n: int, method: str, path: str) -> str | None:
         dice = random.Random(f"{seed}/{n}")
         share = dice.random()
-        return dice.choice(FAULTS) if share < 0.33 else HOLE if share < 0.333 else None
+        return dice.choice(FAULTS) if share < 0.4 else HOLE if share < 0.403 else None
 
     with fault_proxy(scene.s3.endpoint_url) as proxy:
         life = scene.life(
@@ -341,6 +342,7 @@ def strike(start: Start, phase: str, longest: dict[str, float], dice: random.Ran
         # Training goes on while a checkpoint is written: one that was under way is lost too.
         repeat=2 * SAVE_EVERY,
         seconds=seconds,
+        real=isinstance(start.process, subprocess.Popen),
     )
 
 

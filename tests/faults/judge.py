@@ -25,7 +25,8 @@ class Broken:
         how: what the story must call the start's end.
         counted: whether the story knows this start: it had looked at the checkpoints, and was not done.
         repeat: the most steps that may be done again because of it.
-        seconds: until all was gone.
+        seconds: from the fault to the end of the process.
+        real: whether the real command had been started.
     """
 
     phase: str
@@ -35,6 +36,7 @@ class Broken:
     counted: bool
     repeat: int
     seconds: float
+    real: bool = False
 
 
 @dataclass
