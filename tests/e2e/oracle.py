@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.runs import Ended, weights
+from tests.e2e.runs import Ended, maths, weights
 
 Float64 = npt.NDArray[np.float64]
 
@@ -68,19 +68,6 @@ def assert_same_weights(run: Ended, other: Ended, *, share: float = 1e-4) -> Non
     apart = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in theirs) ** 0.5
     whole = sum(float(tensor.double().square().sum()) for tensor in theirs.values()) ** 0.5
     assert apart <= share * whole
-
-
-def maths(run: Ended) -> list[tuple[int, float | None, dict[str, float]]]:
-    """What a run logged of its numbers, (step, epoch, metrics): without times, the ranks' loads and its story.
-
-    In the order of steps, of evaluation and loss: a run that was stopped in an evaluation makes it up when it is back.
-    """
-    aside = ("tokens/", "speed/", "time/", "story/")
-    lines = sorted(run.lines, key=lambda line: (line["step"], min(line["metrics"])))
-    return [
-        (line["step"], line["epoch"], {n: v for n, v in line["metrics"].items() if not n.startswith(aside)})
-        for line in lines
-    ]
 
 
 def assert_same_course(run: Ended, straight: Ended) -> None:

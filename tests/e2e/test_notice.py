@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e import traces
-from tests.e2e.oracle import maths
-from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, wait_until
+from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, maths, wait_until
 from tests.servers.server import free_port
 
 pytestmark = pytest.mark.slow
