@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.e2e.oracle import assert_same_course, assert_same_weights, maths
-from tests.e2e.runs import Ended, sha256
+from tests.e2e.runs import Ended, maths, sha256
 from tests.faults.life import Life, Start
 
 STOPPED, CRASH, LOST = "stopped", "crash", "lost"  # as run.json["story"] says how a start ended
@@ -73,6 +72,8 @@ def finish(life: Life, straight: Ended, verdict: Verdict, *, ranks: int | None =
     if ranks is None:
         exact(ended, straight)
     else:
+        from tests.e2e.oracle import assert_same_course, assert_same_weights  # imports torch: few cases need it
+
         assert_same_course(ended, straight)
         assert_same_weights(ended, straight, share=1e-5)
     told(ended, verdict)

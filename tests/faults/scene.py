@@ -13,7 +13,6 @@ from tests.e2e.runs import TINY_RUN, Ended
 from tests.faults.life import Life
 from tests.faults.zygote import Zygote
 from tests.servers.s3 import S3Server, s3_server
-from tests.tiny import tiny_model
 
 STEPS, SAVE_EVERY, EVAL_STEPS = 12, 3, 4
 TIMEOUT = 20  # train.collective_timeout, seconds: a rank that stands still on a busy machine is none that is lost
@@ -109,7 +108,7 @@ def scene(folder: Path) -> Iterator[Scene]:
     """Everything started, and ended with the block."""
     lake = traces.write_hive(folder / "lake", traces.learnable())
     with contextlib.ExitStack() as stack:
-        zygote = Zygote()
+        zygote = Zygote(folder / "tiny")
         stack.callback(zygote.close)
         server = stack.enter_context(s3_server(folder / "s3"))
-        yield Scene(folder, lake, tiny_model(folder / "tiny"), server, zygote)
+        yield Scene(folder, lake, folder / "tiny", server, zygote)

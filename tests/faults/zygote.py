@@ -5,7 +5,8 @@ them, with one function replaced: a rank is forked from its launcher where the r
 exit codes, files, pipes and parent-death signals are the real ones. What differs: no time passes in imports, and the
 order of a set of strings is the same in every start. A share of the cases starts the real command for that.
 
-    python -m tests.faults.zygote    a request a line on stdin (`Forked`), {"pid"} and {"pid", "code"} on stdout
+    python -m tests.faults.zygote MODEL    makes the tiny model there, since it has torch; then a `Request` a line on
+                                           stdin, and {"pid"} and {"pid", "code"} on stdout
 """
 
 from __future__ import annotations
@@ -66,11 +67,18 @@ class Request:
 # The zygote ----------------------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
+def serve(model: Path) -> None:
     """Fork what is asked for until stdin ends; one thread, so that a fork is safe."""
     _die_with_parent(signal.SIGKILL)
     for name in LIBRARIES:
         __import__(name)
+    if not (maker := os.fork()):  # it computes, which makes threads
+        from tests.tiny import tiny_model
+
+        os.dup2(2, 1)
+        tiny_model(model)
+        os._exit(0)
+    os.waitpid(maker, 0)
     threads = [Path(f"/proc/self/task/{name}/comm").read_text().strip() for name in os.listdir("/proc/self/task")]
     _reply({"ready": sorted({*threads[1:]} - {FORK_SAFE})})
     running: set[int] = set()
@@ -248,17 +256,20 @@ class Forked:
 class Zygote:
     """The forking process, for use by any number of threads; ended by `close`.
 
+    Args:
+        model: where it makes the tiny model.
+
     Attributes:
         seconds: that its imports took: what a real start takes too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         self._asking, self._replied = threading.Lock(), threading.Semaphore(0)
         self._pids: list[int] = []
         self._running: dict[int, Forked] = {}
         begun = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"],
+            [sys.executable, "-m", "tests.faults.zygote", str(model)],
             env=scrubbed(),
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -303,4 +314,4 @@ class Zygote:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Path(sys.argv[1]))
