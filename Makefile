@@ -14,6 +14,7 @@ PYTHON_MIN := 3.11
 # Each can be given on the command line: `make pytest WORKERS=4 PYTEST_ARGS='-k resume'`.
 WORKERS ?= 2        # pytest workers; one thread each, so about one a core
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=      # `make faults FAULTS_ARGS='--seed 7 --case kill:17'`
 DATA ?=             # traces for the demo: a folder or s3://…; empty: the ones in the package
 ENDPOINT_URL ?=     # S3 endpoint of DATA, where it is not AWS's own
 UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml leaves open
@@ -43,9 +44,11 @@ demo: setup ## GRPO and DPO on real traces, with a table before/after; DATA=s3:/
 	@$(PYTHON) -m entrypoint.demo $(if $(strip $(DATA)),--data "$(strip $(DATA))") $(if $(strip $(ENDPOINT_URL)),--endpoint-url "$(strip $(ENDPOINT_URL))")
 
 .PHONY: bench
-bench: setup ## Measure preparation at scale and the time to the first step; see docs/benchmarks.md.
+bench: setup ## Measure preparation at scale, the time to the first step and what a checkpoint costs; see docs/benchmarks.md.
 	$(PYTHON) -m tests.bench.bench_prepare
 	$(PYTHON) -m tests.bench.bench_start
+	$(PYTHON) -m tests.bench.bench_signals
+	$(PYTHON) -m tests.bench.bench_save
 
 .PHONY: bench-step
 bench-step: setup ## Measure an optimiser step against stock TRL's, some 40 minutes; CHECK=1 fails where a bar is missed.
@@ -88,6 +91,10 @@ chart: setup schema-check chart-units ## The chart: schema, lint, unit tests, Ku
 .PHONY: pytest
 pytest: setup tools ## The tests alone; PYTEST_ARGS='-m "not slow"' leaves the long ones out.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: setup tools ## The fault matrix, about an hour: runs that are killed, stopped and cut off; see docs/reliability.md.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults --tests $(FAULTS_ARGS)
 
 ##@ Build
 

@@ -1,12 +1,13 @@
 """What a run can end with: one small tree of errors, each with its documented exit code.
 
 0 done; 64 the configuration, the data or the run itself can't be used (starting again would not help);
-75 stopped early, start again; anything else is a crash.
+75 stopped early, start again; 76 another rank was lost; anything else is a crash.
 """
 
 EXIT_DONE = 0
 EXIT_REFUSED = 64  # EX_USAGE of sysexits.h
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_LOST = 76  # EX_PROTOCOL of sysexits.h: a crash, but another rank's or a lost machine
 
 
 class RunError(Exception):
@@ -14,6 +15,7 @@ class RunError(Exception):
 
     exit_code = EXIT_REFUSED
     by_all = False  # raised by every rank alike: one of each node says it
+    hold = False  # this node was not told to stop, another was: it leaves later
 
 
 class ConfigError(RunError):
@@ -44,8 +46,24 @@ class RefusedElsewhere(RunError):
     by_all = True
 
 
+class StorageDownError(RunError):
+    """The storage could not be reached for longer than a request is tried: the same command may succeed later."""
+
+    exit_code = EXIT_STOPPED
+
+
 class StoppedError(RunError):
     """The run was told to stop and has saved: the same command goes on from there."""
 
     exit_code = EXIT_STOPPED
     by_all = True
+
+    def __init__(self, line: str, *, hold: bool = False) -> None:
+        super().__init__(line)
+        self.hold = hold
+
+
+class LostRankError(RunError):
+    """Another rank is gone, or was not heard of for too long: this one can't go on alone."""
+
+    exit_code = EXIT_LOST

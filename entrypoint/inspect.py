@@ -14,7 +14,7 @@ from typing import Any
 
 import duckdb
 
-from entrypoint.__main__ import explain, leave_pipe
+from entrypoint.command import explain, leave_pipe
 from entrypoint.conf import Dpo, Run
 from entrypoint.conf.key import REQUIRED
 from entrypoint.config import load_data

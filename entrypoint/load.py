@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from entrypoint.checkpoint import Checkpoints
+from entrypoint.checkpoint.lock import Lock
+from entrypoint.checkpoint.mirror import Mirror
+from entrypoint.checkpoint.probe import check_shared
 from entrypoint.conf import Run
 from entrypoint.config import fingerprint_keys
-from entrypoint.data.locations import find_files
+from entrypoint.data.locations import TraceFile, find_files
 from entrypoint.data.prepare import Prepared, load_prepared, prepare, prepared_key
 from entrypoint.data.tokens import load_tokenizer
-from entrypoint.errors import ModelError
+from entrypoint.errors import CheckpointError, ModelError
 from entrypoint.model.fetch import fetch_model, model_identity
 from entrypoint.output.publish import claim_output
-from entrypoint.training.checkpoint import Checkpoints
+from entrypoint.storage import explained
+from entrypoint.tracking.tracker import finish_again
 from entrypoint.world import World
 
 
@@ -56,43 +61,62 @@ def load(run: Run, world: World) -> Loaded | None:
     folder, tokenizer, max_length = world.each(lambda: load_base(run))
     if max_length < run.train.max_length:
         world.warn(f"train.max_length={run.train.max_length}, but the model has {max_length} positions")
-    cache = Path(str(run.data.cache_path))
-    checkpoint_folder = Path(str(run.checkpoint.path))
+    cache, checkpoint_folder = Path(str(run.data.cache_path)), Path(str(run.checkpoint.path))
+    files: list[TraceFile] = []
+    lock = Lock(checkpoint_folder, patience=run.checkpoint.grace_seconds, warn=world.warn)
 
-    def once() -> dict[str, Any]:
-        """What rank 0 does for all."""
-        files = find_files(run.data.path, run.data.endpoint_url)
+    def claim() -> dict[str, Any]:
+        """Rank 0 finds out what this run is, and takes the places it writes to."""
+        files.extend(find_files(run.data.path, run.data.endpoint_url))
         key = prepared_key(files, run.data, max_length, tokenizer)
         identity = model_identity(folder)
         fingerprint = {**fingerprint_keys(run), "traces": key, "model": identity}
-        if claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
+        if record := claim_output(run.output.path, fingerprint, endpoint_url=run.data.endpoint_url):
+            finish_again(run, record)
             return {"done": True}
-        checkpoint_folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(checkpoint_folder, keep=run.checkpoint.keep, fingerprint=fingerprint, world=world)
-        found = checkpoints.find(run.checkpoint.resume)
-        prepare(run.data, max_length, tokenizer, cache, files=files)
-        return {
-            "key": key,
-            "identity": identity,
-            "fingerprint": fingerprint,
-            "resume_from": str(found) if found else None,
-        }
+        with explained(str(checkpoint_folder), CheckpointError):
+            checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        return {"key": key, "identity": identity, "fingerprint": fingerprint}
 
-    said = world.once(once)
+    said = world.once(claim)
     if said.get("done"):
         return None
+    check_shared(checkpoint_folder, world)
+    checkpoints = Checkpoints(
+        checkpoint_folder,
+        keep=run.checkpoint.keep,
+        fingerprint=said["fingerprint"],
+        world=world,
+        mirror=_mirror(run, world),
+        check=lock.check,
+    )
+
+    def once() -> str | None:
+        """What rank 0 does for all."""
+        with explained(str(checkpoint_folder), CheckpointError):
+            found = checkpoints.find(run.checkpoint.resume)
+        prepare(run.data, max_length, tokenizer, cache, files=files)
+        return str(found) if found else None
+
+    resume_from = world.once(once)
     return Loaded(
         model_folder=folder,
         model_identity=said["identity"],
         tokenizer=tokenizer,
         traces=load_prepared(cache, said["key"]),
         fingerprint=said["fingerprint"],
-        checkpoints=Checkpoints(
-            checkpoint_folder, keep=run.checkpoint.keep, fingerprint=said["fingerprint"], world=world
-        ),
-        resume_from=Path(said["resume_from"]) if said["resume_from"] else None,
+        checkpoints=checkpoints,
+        resume_from=Path(resume_from) if resume_from else None,
         cache=cache / said["key"],
     )
+
+
+def _mirror(run: Run, world: World) -> Mirror | None:
+    """Where rank 0 copies checkpoints to."""
+    if run.checkpoint.mirror is None or not world.is_main:
+        return None
+    return Mirror(run.checkpoint.mirror, run.data.endpoint_url, keep=run.checkpoint.keep, warn=world.warn)
 
 
 def load_base(run: Run) -> tuple[Path, PreTrainedTokenizerBase, int]:

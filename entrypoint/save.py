@@ -84,6 +84,7 @@ def describe(session: Session) -> dict[str, Any]:
             "held_out_pairs": len(session.held),
             "world_size": session.world.size,
         },
+        "story": session.story.summary() if session.story else {},
         "versions": {
             "entrypoint": __version__,
             "python": platform.python_version(),

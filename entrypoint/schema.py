@@ -89,6 +89,9 @@ def _key(key: Key) -> dict[str, Any]:
     if key.word is not None:
         about = found.pop("description")
         found = {"description": about, "anyOf": [found, {"const": key.word}]}
+    if key.form is not None:
+        about = found.pop("description")
+        found = {"description": about, "anyOf": [found, {"type": "string", "pattern": f"^{key.form.pattern}$"}]}
     if not key.required:
         found["default"] = key.default
     return found

@@ -18,6 +18,7 @@ from entrypoint.errors import ConfigError
 from entrypoint.load import Loaded
 from entrypoint.sharing.check import settle
 from entrypoint.storage import write_atomically
+from entrypoint.story import Story
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, compute_dtype
@@ -26,6 +27,7 @@ from entrypoint.training.evaluation import HeldOut, evaluate
 from entrypoint.training.memory import find_budget
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.training.scoring import Scorer, inputs, sequences
+from entrypoint.watch import SHORTLY
 from entrypoint.world import World
 
 CHECKED = 3  # responses to one prompt that are computed both ways at the start
@@ -46,10 +48,12 @@ class Session:
     held_reference: ReferenceLogProbs
     course: Course
     tracker: Tracker | None  # on rank 0
+    story: Story | None  # on rank 0
     pad: int
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step that was evaluated last
 
     def measure_base(self, model: nn.Module) -> None:
         """While the prepared model still is the base: the reference's log-probs, and the metrics before.
@@ -59,6 +63,7 @@ class Session:
         self._share_prompts(model)
         if self.run.train.micro_batch_tokens == "auto":
             self._find_budget(model)
+        self.world.watch.patience = SHORTLY  # a stop is agreed between two forward passes, and what is scored is kept
         train, needed = self.loaded.traces.train, self.plan.sampler.visited(self.plan.steps)
         for reference, groups, responses in (
             (self.reference, train, needed),
@@ -82,7 +87,15 @@ class Session:
         # GRPO's KL weight stands where DPO's beta does: reward = beta log(policy / reference).
         beta = (method.kl_coeff or 1.0) if isinstance(method, Grpo) else method.beta
         with self._scoring(self.trainer.model_wrapped if model is None else model, self.world) as scorer:
-            return evaluate(scorer, self.held, self.held_reference, beta=beta)
+            metrics = evaluate(scorer, self.held, self.held_reference, beta=beta)
+        if model is None:
+            self.evaluated = (self.trainer.state.global_step, metrics)
+        return metrics
+
+    def best(self) -> float | None:
+        """Held-out accuracy, what the best checkpoint is the best in; None where this step was not evaluated."""
+        step, metrics = self.evaluated
+        return metrics["accuracy"] if step == self.trainer.state.global_step else None
 
     def _share_prompts(self, model: nn.Module) -> None:
         """Check on a group of the first step that sharing its prompt changes nothing; else compute it plainly.

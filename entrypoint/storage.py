@@ -1,6 +1,7 @@
 """Storage: one way to open, copy and write, local or S3, and one line that explains why it failed.
 
-Every request is bounded: a black hole costs at most about two minutes, a closed port about a second.
+A failure that may pass by itself, and has outlasted the attempts of `entrypoint.s3`, ends with 75, whatever was done:
+the same command may well succeed later. Everything else is refused with 64.
 Credentials come from the usual AWS chain and are never an argument.
 """
 
@@ -11,19 +12,18 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from entrypoint.errors import RunError
+from entrypoint.errors import RunError, StorageDownError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-CONNECT_TIMEOUT = 5  # seconds
-READ_TIMEOUT = 20  # seconds without a byte
-ATTEMPTS = 3  # botocore's, with its backoff and jitter: 5xx, throttling, connections
-ROUNDS = 2  # s3fs's around those: bodies that break off
+    from entrypoint.s3 import S3
+
 BLOCK = 1 << 20
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # s3fs's own have a cause or no number
@@ -36,18 +36,18 @@ BAD_CREDENTIALS = {
     "TokenRefreshRequired",
     "XAdminUserNotFound",  # versitygw's InvalidAccessKeyId
 }
-TEMPORARY_CODES = {
-    "500",
-    "502",
-    "503",
-    "504",
-    "InternalError",
+TEMPORARY_CODES = {  # beside those that come with a status of 429 or 5xx
+    "BadDigest",  # what arrived is not what was sent
+    "IncompleteBody",
     "OperationAborted",
     "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
     "Throttling",
+    "ThrottlingException",
 }
+
+
+class Unavailable(ConnectionError):
+    """A request that failed at each of its attempts in a way that may pass by itself; the last failure is its cause."""
 
 
 def is_s3(url: str) -> bool:
@@ -61,7 +61,7 @@ def local_path(url: str) -> Path:
 
 
 def filesystem(url: str, endpoint_url: str | None = None) -> AbstractFileSystem:
-    """The fsspec file system that `url` lives on, with bounded timeouts and retries.
+    """The fsspec file system that `url` lives on; on S3 with bounded timeouts and retries.
 
     Args:
         url: a local path, file:// or s3://.
@@ -71,20 +71,14 @@ def filesystem(url: str, endpoint_url: str | None = None) -> AbstractFileSystem:
         from fsspec.implementations.local import LocalFileSystem
 
         return LocalFileSystem()
-    import s3fs
+    return s3(endpoint_url)
 
-    # Not the cached instance: its listings would hide what another process wrote since.
-    fs = s3fs.S3FileSystem(
-        endpoint_url=endpoint_url or None,
-        skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": CONNECT_TIMEOUT,
-            "read_timeout": READ_TIMEOUT,
-            "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
-        },
-    )
-    fs.retries = ROUNDS
-    return fs
+
+def s3(endpoint_url: str | None) -> S3:
+    """S3 at this endpoint, or AWS's own; nothing is asked of it yet."""
+    from entrypoint.s3 import S3
+
+    return S3(endpoint_url)
 
 
 def explain(error: BaseException, url: str) -> str:
@@ -100,8 +94,11 @@ def explain(error: BaseException, url: str) -> str:
         )
     if code == "NoSuchBucket":
         return f"{url}: no such bucket; create it, or check the name and endpoint_url"
-    if _unreachable(error):
-        return f"{url}: the storage can't be reached ({message}); check endpoint_url and the network"
+    if temporary(error):
+        return (
+            f"{url}: the storage can't be reached ({message}); check endpoint_url and the network, then start the same "
+            "command again"
+        )
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{url}: the disk is full ({message}); free space or name another folder"
     if number == errno.EROFS:
@@ -115,8 +112,22 @@ def explain(error: BaseException, url: str) -> str:
 
 
 def temporary(error: BaseException) -> bool:
-    """Whether the same request may well succeed later: an unreachable, overloaded or broken server."""
-    return _unreachable(error) or error_code(error) in TEMPORARY_CODES
+    """Whether the same request may well succeed later: an unreachable, overloaded or broken server, a torn answer."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if (code := error_code(error)) in TEMPORARY_CODES:
+        return True
+    if code:
+        return (status := _status(error)) == 429 or (status >= 500 and status != 501)
+    from aiohttp import ClientError as Broken
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    # botocore's own ConnectionError: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
+    kinds = (boto.ConnectionError, boto.HTTPClientError, ResponseParserError, Broken, IncompleteRead)
+    return isinstance(error, kinds)
 
 
 @contextmanager
@@ -128,7 +139,7 @@ def explained(url: str, kind: type[RunError], *, local: Path | None = None) -> I
         local: for a copy from or to S3, the local end: a full or closed disk is told by its name.
 
     Raises:
-        RunError: of the given kind.
+        RunError: of the given kind; StorageDownError where the failure may pass by itself.
     """
     try:
         yield
@@ -136,6 +147,8 @@ def explained(url: str, kind: type[RunError], *, local: Path | None = None) -> I
         if not _is_storage_error(error):
             raise
         on_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.__cause__ is None
+        if temporary(error):
+            kind = StorageDownError
         raise kind(explain(error, str(local) if local and on_disk else url)) from error
 
 
@@ -181,25 +194,26 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def error_code(error: BaseException) -> str:
     """The S3 error code, or "": s3fs keeps botocore's ClientError as the cause of its OSError."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of S3's answer, or 0."""
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _response(error: BaseException) -> dict[str, Any]:
     for link in _chain(error):
         response: Any = getattr(link, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _unreachable(error: BaseException) -> bool:
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    from botocore import exceptions as boto
-
-    # botocore's own ConnectionError: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
-    return isinstance(error, (boto.ConnectionError, boto.HTTPClientError))
+            return response
+    return {}
 
 
 def _is_storage_error(error: BaseException) -> bool:
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, IncompleteRead)):
         return True
+    from aiohttp import ClientError as Broken
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return isinstance(error, (BotoCoreError, ClientError))
+    return isinstance(error, (BotoCoreError, ClientError, Broken))

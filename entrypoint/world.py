@@ -12,20 +12,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from entrypoint.errors import ConfigError, RefusedElsewhere, RunError
+from entrypoint.errors import (
+    EXIT_LOST,
+    EXIT_STOPPED,
+    ConfigError,
+    LostRankError,
+    RefusedElsewhere,
+    RunError,
+    StoppedError,
+)
+from entrypoint.pulse import Pulse
+from entrypoint.watch import NOTHING, STOP, Leaving, Watch
 
 T = TypeVar("T")
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-WAIT_DAYS = 7  # longer than any preparation of data; a dead rank 0 ends the wait at once, with its store
-FAREWELL_SECONDS = 60  # rank 0 keeps the store open this long, so that the others learn why it leaves
+WAIT_DAYS = 7  # longer than any preparation of data; who waits for a rank that is lost is ended by `Watch`
+FAREWELL_SECONDS = 10  # rank 0 keeps the store open this long, so that the others learn why it leaves
+HEARSAY = 1.5  # seconds in which a rank whose collective broke may learn why
 
 
 @dataclass
@@ -39,6 +50,7 @@ class World:
     size: int
     store: dist.Store | None
     patience: int = 1800
+    watch: Watch = field(default_factory=Watch)
     meetings: int = 0
 
     @property
@@ -98,6 +110,7 @@ class World:
             raise refusal
         elsewhere = RefusedElsewhere(f"rank {refused[0]} refused the run: {refused[1]['error']}")
         elsewhere.exit_code = refused[1]["exit_code"]
+        elsewhere.hold = elsewhere.exit_code == EXIT_STOPPED and self.watch.told != STOP
         raise elsewhere
 
     def _meeting(self) -> str:
@@ -111,6 +124,26 @@ class World:
         self.store.add(f"{name}/heard", 1)
         while self.is_main and self.store.add(f"{name}/heard", 0) < self.size and time.monotonic() < deadline:
             time.sleep(0.05)  # polling a counter of other processes; bounded by the deadline
+
+    def part(self) -> None:
+        """Leave in order, once for a run: rank 0, which holds the store, last."""
+        if self.store is not None:
+            self._farewell("end")
+
+    def agreed(self, wanted: int = NOTHING) -> int:
+        """The most that any rank was told, or wants by itself, the same on all; one all-reduce of one number."""
+        return int(self.most(max(self.watch.told, wanted)))
+
+    def check_stop(self, doing: str) -> None:
+        """Where every rank comes by again and again while nothing is to be saved: leave together, if one was told to.
+
+        Raises:
+            StoppedError: on all ranks alike.
+        """
+        if self.agreed() == STOP:
+            raise StoppedError(
+                f"told to stop while {doing}; start the same command again to go on", hold=self.watch.told != STOP
+            )
 
     def say(self, line: str) -> None:
         """Print a line of the run's log, on rank 0."""
@@ -137,12 +170,18 @@ class World:
 
 
 @contextmanager
-def joined(collective_timeout: int) -> Iterator[World]:
+def joined(collective_timeout: int, watch: Watch | None = None) -> Iterator[World]:
     """Join the run's ranks as RANK, LOCAL_RANK and WORLD_SIZE say, and leave them in order.
 
     Args:
-        collective_timeout: seconds after which a collective gives up on a lost rank.
+        collective_timeout: seconds after which a lost rank is given up, in a collective and out of it.
+        watch: what this process is told.
+
+    Raises:
+        LostRankError: another rank never came, or was lost on the way.
+        StoppedError: another rank was told to stop before the first step.
     """
+    watch = watch or Watch()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError("LOCAL_RANK: not set, expected this rank's number on its node, beside WORLD_SIZE and RANK")
@@ -158,22 +197,63 @@ def joined(collective_timeout: int) -> Iterator[World]:
         # accelerate makes a process group and DDP even for a lone rank where it sees these.
         hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
         try:
-            yield World(rank, size, None)
+            yield World(rank, size, None, watch=watch)
         finally:
             os.environ.update(hidden)
         return
-    store, rank, size = next(iter(dist.rendezvous("env://", rank, size)))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("collectives", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=collective_timeout),
-    )
-    world = World(rank, size, dist.PrefixStore("world", store), patience=collective_timeout)
-    yield world
-    # Only a run that went well: a barrier after an error would hide it behind a time-out. Without the barrier a
-    # fast rank's leaving aborted a slow one (1 of 12 runs, SIGABRT after the results were written).
-    world.barrier()
-    dist.destroy_process_group()
+    world, pulse = _meet(rank, size, collective_timeout, watch)
+    try:
+        yield world
+        # Without the barrier a fast rank's leaving aborted a slow one (1 of 12 runs, SIGABRT after the results were
+        # written). Only here: after an error it would hide that behind a time-out.
+        world.barrier()
+        pulse.close()
+        dist.destroy_process_group()
+        world.part()
+    except RunError:
+        pulse.close()
+        world.part()
+        raise
+    except Exception as error:
+        raise _broken(error, world, pulse) from error
+
+
+def _meet(rank: int, size: int, timeout: int, watch: Watch) -> tuple[World, Pulse]:
+    """All ranks, each looked after by the others from here on."""
+    patience = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", rank, size, timeout=patience)))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        collectives = dist.PrefixStore("collectives", store)
+        dist.init_process_group(backend, store=collectives, rank=rank, world_size=size, timeout=patience)
+        world = World(rank, size, dist.PrefixStore("world", store), patience=timeout, watch=watch)
+        beats = dist.PrefixStore("pulse", store.clone())
+        beats.add(f"beat/{rank}", 1)
+        world.barrier()
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostRankError(f"{where}: not all of {size} ranks met within {timeout} s: {_line(error)}") from error
+    watch.peers = pulse = Pulse(beats, rank, size, timeout)
+    pulse.start()
+    watch.start()
+    return world, pulse
+
+
+def _broken(error: Exception, world: World, pulse: Pulse) -> Exception:
+    """What an error that is none of ours means for this rank; where it is this rank's alone, the others learn of it."""
+    text = str(error)
+    communication = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+    heard = pulse.listen(HEARSAY) if communication else None
+    if heard and heard.code == EXIT_STOPPED:
+        return StoppedError(
+            "another rank was told to stop before the first step; start the same command again to go on",
+            hold=world.watch.told != STOP,
+        )
+    if heard or communication:
+        return LostRankError(heard.why if heard else f"another rank is lost: {_line(error)}")
+    pulse.announce(Leaving(EXIT_LOST, f"rank {world.rank} crashed: {type(error).__name__}: {_line(error)}; leaving"))
+    return error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -16,6 +16,7 @@ os.environ |= {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_MAX_ATTEMPTS": "3",  # who listens nowhere is given up after a second
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -24,13 +25,21 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
 }
 
+from tests.servers.faults import FaultProxy, fault_proxy
 from tests.servers.mlflow import MlflowServer
 from tests.servers.mlflow import mlflow_server as start_mlflow_server
 from tests.servers.s3 import S3Server, s3_server
+from tests.servers.toxiproxy import Toxiproxy
+from tests.servers.toxiproxy import toxiproxy as start_toxiproxy
 
 MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
 # A module looks at the same runs, or the same image, from many sides.
-BY_MODULE = ("tests/e2e/", "tests/image/test_cpu_target.py", "tests/trainers/test_world_size.py")
+BY_MODULE = (
+    "tests/e2e/",
+    "tests/faults/",
+    "tests/image/test_cpu_target.py",
+    "tests/trainers/test_world_size.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -57,6 +66,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server that refuses wrong keys and anonymous access."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def faults(s3: S3Server) -> Iterator[FaultProxy]:
+    """The S3 server behind a proxy that breaks what its plan says; without a plan, nothing."""
+    with fault_proxy(s3.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def toxiproxy(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toxiproxy]:
+    """The S3 server behind a real TCP proxy."""
+    with start_toxiproxy(tmp_path_factory.mktemp("toxiproxy"), s3.endpoint_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def scrubbed(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     env |= {
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "3",
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         "HF_DATASETS_OFFLINE": "1",

@@ -98,7 +98,7 @@ def test_the_program_refuses_with_64_and_one_line(own: list[str], here: Path) ->
 
 def test_a_refusal_imports_nothing_heavy(here: Path) -> None:
     program = (
-        "import sys; from entrypoint.__main__ import main; code = main(sys.argv[1:]);"
+        "import sys; from entrypoint.command import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'duckdb', 's3fs', 'numpy', 'trl'} & set(sys.modules);"
         "sys.exit(f'{code} {sorted(heavy)}')"
     )
@@ -181,6 +181,8 @@ def test_a_run_file_may_build_on_another(here: Path) -> None:
         ("train.max_grad_norm=1", "train.max_grad_norm", 1.0),
         ("train.max_steps=null", "train.max_steps", None),
         ("train.learning_rate=1e-5", "train.learning_rate", 1e-5),
+        ("checkpoint.save_every=10m", "checkpoint.save_every", "10m"),
+        ("checkpoint.save_every=1e2", "checkpoint.save_every", 100),
         ("tracking.run_name='042'", "tracking.run_name", "042"),
         ("tracking.run_name=${train.lr_scheduler}-x", "tracking.run_name", "linear-x"),
         ("data={models: [a], format: chat}", "data.models", ["a"]),

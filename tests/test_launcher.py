@@ -16,16 +16,21 @@ from pathlib import Path
 import pytest
 
 from entrypoint.errors import ConfigError
-from entrypoint.launch.launcher import combine, report_verdict
 from entrypoint.launch.topology import cuda_devices, free_port, read_topology, visible_devices
+from entrypoint.launch.verdict import Verdict, combine, report
 
 DEADLINE = 60.0
 ROOT = Path(__file__).parent.parent
 DRIVER = (
-    "import os, sys\nfrom entrypoint.launch.launcher import launch\n"
-    "from entrypoint.errors import RunError\n"
+    "import os, sys\nfrom pathlib import Path\nfrom entrypoint.launch.launcher import launch\n"
+    "from entrypoint.errors import RunError\nfrom entrypoint.launch.restarts import Restarts\n"
+    "from entrypoint.story import Story\n"
     "patience, *argv = sys.argv[1:]\n"
-    "try: code = launch(argv, os.environ, module='tests.toy_rank', patience=float(patience), kill_after=0.3)\n"
+    "count = os.environ.get('RESTART_COUNT')\n"
+    "restarts = Restarts(Story(Path(argv[0]), 'toy'), 3, int(count) if count else None)\n"
+    "more = {name: float(os.environ.get(name, 60)) for name in ('grace', 'hold')}\n"
+    "try: code = launch(argv, os.environ, module='tests.toy_rank', restarts=restarts, patience=float(patience), "
+    "kill_after=0.3, **more)\n"
     "except RunError as error: print(error, file=sys.stderr); code = error.exit_code\n"
     "assert 'torch' not in sys.modules\nsys.exit(code)\n"
 )
@@ -95,12 +100,25 @@ def pid_of(folder: Path, rank: int) -> int:
 
 
 def test_verdicts_combine_as_refusal_then_first_crash_then_stop_then_done() -> None:
-    """64 beats all; the first crash beats later ones, 75 and 0; 75 beats 0."""
-    assert combine([0, 0]) == 0
-    assert combine([0, 75, 0]) == 75
-    assert combine([75, 1, 0, 139]) == 1
-    assert combine([139, 1]) == 139
-    assert combine([1, 75, 64]) == 64
+    """64 beats all; the first crash beats later ones, and a lost rank, and 75 and 0; 75 beats 0."""
+
+    def code(*codes: int) -> int:
+        return combine(map(Verdict, codes)).code
+
+    assert code(0, 0) == 0
+    assert code(0, 75, 0) == 75
+    assert code(75, 1, 0, 139) == 1
+    assert code(139, 1) == 139
+    assert code(76, 137) == 137
+    assert code(0, 76, 75) == 76
+    assert code(1, 75, 64) == 64
+
+
+def test_a_node_holds_only_where_none_of_its_ranks_was_told() -> None:
+    hold, told = Verdict(75, hold=True), Verdict(75)
+    assert [combine(both).hold for both in ((hold, hold), (hold, told), (told, told), (hold, Verdict(0)))] == [
+        *(True, False, False, True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +264,94 @@ def test_sigterm_before_a_rank_can_catch_it_is_a_stop_not_a_crash(launch: Launch
     assert end(process)[0] == 75
 
 
+def test_ranks_that_do_not_leave_within_the_grace_are_killed(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:catch,wait=never", "1:catch,until=TERM,exit=75", ranks=2, grace="0.5")
+    files(tmp_path, "ready.0", "ready.1")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process)
+    assert code == 75
+    assert "ranks 0 had not left 0.5 s after the signal (checkpoint.grace_seconds): killed" in err
+
+
+NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_a_node_that_was_not_told_holds_and_then_leaves_by_itself(launch: Launch) -> None:
+    """Node 1's ranks stop because node 0 was told."""
+    begun = time.monotonic()
+    told = launch("0:exit=75", **NODES, NODE_RANK="0", hold="3")
+    held = launch("1:hold", **NODES, NODE_RANK="1", hold="3")
+    code, _, err = end(told)
+    assert (code, "holds" in err) == (75, False)
+    assert held.poll() is None
+    code, _, err = end(held)
+    assert code == 75
+    assert "another node was told to stop, this one was not: it holds, saved, for up to 3 s" in err
+    assert time.monotonic() - begun >= 3
+
+
+def test_a_node_that_holds_leaves_as_soon_as_it_is_told(launch: Launch, tmp_path: Path) -> None:
+    process = launch("1:hold", **NODES, NODE_RANK="1", hold="600")
+    assert process.stderr is not None
+    while "holds" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+
+
+def test_nodes_that_have_lost_each_other_hold_for_different_times(launch: Launch) -> None:
+    nodes = [launch(f"{rank}:exit=76", **NODES, NODE_RANK=str(rank), hold="2") for rank in range(2)]
+    ends = [end(node) for node in nodes]
+    assert [code for code, _, _ in ends] == [76, 76]
+    said = [f"a rank of another node crashed or is lost: this node holds, for up to {seconds} s" for seconds in (1, 2)]
+    assert [words in err for words, (_, _, err) in zip(said, ends, strict=True)] == [True, True]
+
+
+def test_a_lone_node_does_not_hold(launch: Launch) -> None:
+    assert end(launch("0:hold", hold="600"))[0] == 75
+    assert end(launch("0:exit=76", hold="600"))[0] == 76
+
+
+def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:
+    """A pause of 2 s and one of 4 s between them; then a human has the word: the next start is a new beginning."""
+    words = ("fail=ValueError: boom", "die=KILL", "crash=3")
+    errs = []
+    for word, code in zip(words, (1, 137, 3), strict=True):
+        ended, _, err = end(launch(f"0:{word}"))
+        assert ended == code
+        errs.append(err)
+    assert "starting again" not in errs[0]
+    assert "launcher: the last start crashed (ValueError: boom); starting again in 2 s" in errs[1]
+    assert "launcher: the last start crashed (rank 0 was killed by SIGKILL); starting again in 4 s" in errs[2]
+    (tmp_path / "started.0").unlink()
+    code, _, err = end(launch("0:exit=0"))
+    assert (code, err.count("\n")) == (64, 1)
+    assert err.startswith(f"{tmp_path}: 3 starts in a row crashed without a newer checkpoint ")
+    assert "(checkpoint.max_crashes=3); the first: ValueError: boom; mend that and start again" in err
+    assert not (tmp_path / "started.0").exists()
+    assert end(launch("0:exit=0"))[0] == 0
+
+
+def test_the_pause_grows_with_the_restart_count_and_a_notice_ends_it(launch: Launch, tmp_path: Path) -> None:
+    assert end(launch("0:crash=1"))[0] == 1
+    (tmp_path / "started.0").unlink()
+    process = launch("0:exit=0", RESTART_COUNT="9")
+    assert process.stderr is not None
+    assert "starting again in 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGUSR1)  # says nothing about stopping
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    assert not (tmp_path / "started.0").exists()
+
+
+def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:
+    process = launch("0:catch,until=TERM,crash=1")
+    files(tmp_path, "ready.0")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert "starting again" not in end(launch("0:exit=0"))[2]
+
+
 def test_ranks_die_with_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
     process = launch("*:ignore=TERM,wait=never", ranks=3)
     files(tmp_path, "ready.0", "ready.1", "ready.2")
@@ -355,10 +461,10 @@ def test_cuda_visible_devices_counts_as_cuda_does() -> None:
 def test_reporting_a_verdict_outside_a_launcher_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     try:
-        report_verdict(1)
+        report(Verdict(1))
         monkeypatch.setenv("ENTRYPOINT_VERDICT", str(writer))
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-        report_verdict(1)
+        report(Verdict(1))
         os.set_blocking(reader, False)
         with pytest.raises(BlockingIOError):
             os.read(reader, 1)

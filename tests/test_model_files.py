@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from entrypoint.errors import ModelError
+from entrypoint.errors import ModelError, RunError, StorageDownError
 from entrypoint.model.fetch import base_dtype, check_model, fetch_model, model_identity
 from tests.servers.s3 import S3Server
 
@@ -272,7 +272,7 @@ def test_the_others_leave_with_local_rank_0s_message_when_it_fails(
         fetch_model(url, aws.endpoint_url, str(tmp_path / "cache"), {"LOCAL_RANK": "1", "ENTRYPOINT_LAUNCH": "one"})
     assert str(other.value) == str(failed.value)
     # The next start on this node is not told of this start's failure.
-    with pytest.raises(ModelError, match=r"nothing arrived .* for 0\.5 s"):
+    with pytest.raises(StorageDownError, match=r"nothing arrived .* for 0\.5 s"):
         fetch_model(
             url, aws.endpoint_url, str(tmp_path / "cache"), {"LOCAL_RANK": "1", "ENTRYPOINT_LAUNCH": "two"}, stall=0.5
         )
@@ -283,8 +283,9 @@ def test_s3_failures_are_one_line(aws: S3Server, folder: Path, tmp_path: Path, m
     url = aws.upload(folder, bucket, "base")
 
     def refusal(url: str, endpoint_url: str) -> str:
-        with pytest.raises(ModelError) as refused:
+        with pytest.raises(RunError) as refused:
             fetch_model(url, endpoint_url, str(tmp_path / "cache"), {})
+        assert isinstance(refused.value, StorageDownError if endpoint_url.endswith(":9") else ModelError)
         assert "\n" not in str(refused.value)
         return str(refused.value)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from entrypoint.errors import CheckpointError, RunError, StoppedError
+from entrypoint.errors import CheckpointError, RunError, StorageDownError
 from entrypoint.output.publish import claim_output, find_output, publish, save_model
 from entrypoint.output.target import LocalTarget, S3Target
 from tests.servers.s3 import S3Server
@@ -128,7 +128,7 @@ def test_a_publication_that_was_cut_off_is_made_again_by_the_same_run_only(
         with monkeypatch.context() as patched:
             for name in ("write", "put", "remove"):
                 patched.setattr(target, name, failing(getattr(target, name)))
-            with pytest.raises(StoppedError, match=r"the final model was not written.*can't be reached"):
+            with pytest.raises(StorageDownError, match=r"the final model was not written.*can't be reached"):
                 publish(source, trial, endpoint, RECORD)
         assert find_output(trial, endpoint) is None
         if last:
@@ -174,8 +174,9 @@ def test_s3_refusals_are_one_line(s3: S3Server, staging: Path, monkeypatch: pyte
     assert "no such bucket" in refused(missing, FINGERPRINT, endpoint_url=s3.endpoint_url)
     with pytest.raises(CheckpointError, match="no such bucket"):
         publish(staging, missing, s3.endpoint_url, RECORD)
-    assert "can't be reached" in refused(missing, FINGERPRINT, endpoint_url="http://127.0.0.1:9")
-    with pytest.raises(StoppedError, match="can't be reached"):
+    with pytest.raises(StorageDownError, match="can't be reached"):
+        claim_output(missing, FINGERPRINT, endpoint_url="http://127.0.0.1:9")
+    with pytest.raises(StorageDownError, match="can't be reached"):
         publish(staging, missing, "http://127.0.0.1:9", RECORD)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert "refused the credentials" in refused(missing, FINGERPRINT, endpoint_url=s3.endpoint_url)

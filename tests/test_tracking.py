@@ -19,7 +19,7 @@ from entrypoint.errors import ConfigError
 from entrypoint.tracking.metrics_log import read_metrics
 from entrypoint.tracking.mlflow_run import MlflowRun
 from entrypoint.tracking.progress import Progress
-from entrypoint.tracking.tracker import Tracker
+from entrypoint.tracking.tracker import Tracker, finish_again
 from tests.servers.mlflow import MlflowServer
 
 RECORD = {
@@ -214,13 +214,23 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     tags = {"base_model": "/models/base", "method": "dpo", "iteration": "3", "date": "2026-11-23T06:00:00+00:00"}
     assert version.tags == tags
     assert tags.items() <= done.data.tags.items()
+    # As if a kill had come between the output and its registration: the next start registers it, once.
+    client.delete_model_version("tuned", version.version)
+    for _ in range(2):
+        finish_again(run, {**RECORD, "training": {"steps": 40}})
+    (again,) = client.search_model_versions("name='tuned'")
+    assert (again.source, again.run_id, again.tags) == (version.source, version.run_id, tags)
+    assert client.get_run(done.info.run_id).info.status == "FINISHED"
+    # Where the folder was deleted there is nothing to do.
+    finish_again(run_of(tmp_path / "deleted", mlflow_uri=mlflow_server.uri), RECORD)
+    assert not (tmp_path / "deleted").exists()
     assert "mlflow: " not in capfd.readouterr().err
 
     # A second model of this name, in a local folder, which no server accepts as a source.
     local = run_of(tmp_path / "local", mlflow_uri=mlflow_server.uri, experiment="tests", registered_model="tuned")
     Tracker(local, resumed_at=0, total_steps=1).finish(RECORD)
     newest = max(client.search_model_versions("name='tuned'"), key=lambda version: int(version.version))
-    assert (int(newest.version), newest.tags["path"]) == (2, local.output.path)
+    assert (int(newest.version), newest.tags["path"]) == (3, local.output.path)
 
     # A server that goes away in the middle costs one line at once and one at the end, and no time.
     gone = run_of(tmp_path / "gone", mlflow_uri=mlflow_server.uri, experiment="tests")

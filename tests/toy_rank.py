@@ -4,6 +4,7 @@ Every rank first writes FOLDER/started.RANK with its pid and environment. Then i
 
     exit=N       report the verdict N, exit with N        crash=N   exit with N, nothing reported
     verdict=N    report the verdict N, go on              die=NAME  end by the signal NAME
+    hold         75, where another node was told to stop  fail=S    exit with 1, and S as the error
     catch        note TERM, INT and USR1 in signals.RANK  until=NAME wait until that signal was noted
     ignore=NAME  ignore that signal                       wait=FILE wait for FOLDER/FILE
     touch=FILE   write FOLDER/FILE                        print=S, complain=S   a line on stdout, stderr
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from entrypoint.launch.launcher import report_verdict
+from entrypoint.launch.verdict import Verdict, report
 
 DEADLINE = 60.0  # seconds; nothing waits longer, so that a failing test leaves no process behind
 RANK = os.environ["RANK"]
@@ -50,12 +51,18 @@ def signum(name: str) -> int:
 def act(folder: Path, word: str, value: str) -> None:
     match word:
         case "exit":
-            report_verdict(int(value))
+            report(Verdict(int(value)))
             sys.exit(int(value))
+        case "hold":
+            report(Verdict(75, hold=True))
+            sys.exit(75)
+        case "fail":
+            report(Verdict(1, error=value))
+            sys.exit(1)
         case "crash":
             sys.exit(int(value))
         case "verdict":
-            report_verdict(int(value))
+            report(Verdict(int(value)))
         case "die":
             signal.signal(signum(value), signal.SIG_DFL) if value != "KILL" else None
             os.kill(os.getpid(), signum(value))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entrypoint.conf.key import key
+from entrypoint.conf.key import Form, key
+
+MINUTES = Form("[1-9][0-9]{0,4}m", "minutes, such as 10m")
 
 
 @dataclass
@@ -12,8 +14,18 @@ class Checkpoint:
     path: str | None = key(
         None, "Folder that all ranks see; default: <output.path>/checkpoints, needed where output.path is on S3."
     )
-    save_every: int = key(100, "Steps between two checkpoints.", minimum=1)
-    keep: int = key(2, "How many of the newest complete checkpoints are kept.", minimum=1)
+    save_every: int | str = key(
+        100,
+        "Steps, or minutes (10m), between two checkpoints: what a crash costs at most.",
+        minimum=1,
+        form=MINUTES,
+    )
+    keep: int = key(
+        2,
+        "How many of the newest complete checkpoints are kept, beside the one with the best held-out accuracy. The "
+        "disk must have room for one more.",
+        minimum=1,
+    )
     resume: str = key(
         "auto",
         "auto: from the newest complete checkpoint of this run, if there is one; never: from the start; must: refuse "
@@ -39,3 +51,8 @@ class Checkpoint:
     max_crashes: int = key(
         3, "Crashes in a row, without a newer checkpoint between them, after which a restart ends with 64.", minimum=1
     )
+
+    @property
+    def save_seconds(self) -> float | None:
+        """`save_every` where it is a time."""
+        return None if isinstance(self.save_every, int) else 60.0 * int(self.save_every.removesuffix("m"))

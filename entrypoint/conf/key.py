@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
 REQUIRED = MISSING  # a key without a default; OmegaConf's own mark
+
+
+class Form(NamedTuple):
+    """A form of text: as a pattern that the whole text matches, and in words."""
+
+    pattern: str
+    words: str
 
 
 def key(
@@ -20,6 +27,7 @@ def key(
     above: float | None = None,
     below: float | None = None,
     word: str | None = None,
+    form: Form | None = None,
 ) -> Any:
     """One key of the run file.
 
@@ -29,7 +37,7 @@ def key(
         choices: the only values a string key can have.
         minimum, maximum: inclusive bounds.
         above, below: exclusive bounds.
-        word: what a number may be instead.
+        word, form: what a number may be instead: this text, or any of this form.
     """
     metadata = {
         "doc": doc,
@@ -39,6 +47,7 @@ def key(
         "above": above,
         "below": below,
         "word": word,
+        "form": form,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

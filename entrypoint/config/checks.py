@@ -45,9 +45,10 @@ def check(run: Run, *, look: bool = True) -> list[str]:
         warnings.append(
             "model.lora.merge=false: the adapter names its base as an s3:// path, which from_pretrained can't open"
         )
-    if run.train.max_steps is not None and run.checkpoint.save_every > run.train.max_steps:
+    save_every = run.checkpoint.save_every
+    if run.train.max_steps is not None and isinstance(save_every, int) and save_every > run.train.max_steps:
         warnings.append(
-            f"checkpoint.save_every={run.checkpoint.save_every} is more than train.max_steps={run.train.max_steps}: "
+            f"checkpoint.save_every={save_every} is more than train.max_steps={run.train.max_steps}: "
             "a run that is killed without a signal starts from the beginning"
         )
     return warnings
@@ -55,7 +56,7 @@ def check(run: Run, *, look: bool = True) -> list[str]:
 
 def _check_urls(run: Run, warn: Callable[[str], None]) -> None:
     _check_url("tracking.mlflow_uri", run.tracking.mlflow_uri, bare=False)
-    addresses = [*sources_of(run.data), run.model.path, run.output.path]
+    addresses = [*sources_of(run.data), run.model.path, run.output.path, run.checkpoint.mirror or ""]
     if run.data.endpoint_url and not any(is_s3(address) for address in addresses):
         warn("data.endpoint_url is not used: no path is on s3://")
     if set("/:") & set(run.tracking.registered_model):

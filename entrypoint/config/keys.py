@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from entrypoint.conf import METHODS, Run
-from entrypoint.conf.key import REQUIRED
+from entrypoint.conf.key import REQUIRED, Form
 
 INT_MAX = 2**31 - 1  # of an integer key without a bound of its own: more is a slip of the finger
 
@@ -32,6 +32,7 @@ class Key:
     above: float | None
     below: float | None
     word: str | None
+    form: Form | None
 
     @property
     def required(self) -> bool:
@@ -83,7 +84,7 @@ def keys(method: str) -> Mapping[str, Key]:
 def _key(name: str, hint: Any, item: Field[Any]) -> Key:
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kinds = [option for option in options if option is not type(None)]
-    if item.metadata["word"] is not None:
+    if item.metadata["word"] or item.metadata["form"]:
         kinds.remove(str)
     kind = "paths" if len(kinds) > 1 else "texts" if kinds[0] == list[str] else kinds[0].__name__
     default = item.default if item.default_factory is MISSING else item.default_factory()

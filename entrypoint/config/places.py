@@ -42,7 +42,9 @@ def check_places(run: Run, *, look: bool = True) -> None:
     }
     for name, folder in folders.items():
         _check_folder(name, folder, run.output.path)
-    _check_apart(run, sources, {"output.path": run.output.path, **folders})
+    _check_mirror(run)
+    mirror = {"checkpoint.mirror": run.checkpoint.mirror}
+    _check_apart(run, sources, {"output.path": run.output.path, **mirror, **folders})
     if not look:
         return
     _check_model(run.model.path)
@@ -94,6 +96,18 @@ def _check_folder(name: str, folder: str | None, output: str) -> None:
     if is_s3(folder):
         seen = "each node has" if name == "model.cache_path" else "all ranks see"
         raise ConfigError(f"{name}: expected a folder that {seen}, got {folder!r}")
+
+
+def _check_mirror(run: Run) -> None:
+    """Refuse a mirror that is not on S3, or not a prefix of its own."""
+    mirror, output = run.checkpoint.mirror, run.output.path
+    if mirror is None:
+        return
+    _check_address("checkpoint.mirror", mirror)
+    if not is_s3(mirror) or "/" not in mirror.partition("://")[2].strip("/"):
+        raise ConfigError(f"checkpoint.mirror: expected s3://bucket/prefix, a prefix of this run's own, got {mirror!r}")
+    if is_s3(output) and (_is_within(mirror, output) or _is_within(output, mirror)):
+        raise ConfigError(f"checkpoint.mirror: {mirror} and output.path={output} lie in each other; keep them apart")
 
 
 def _check_apart(run: Run, sources: list[str], targets: dict[str, str | None]) -> None:

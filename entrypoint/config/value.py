@@ -46,6 +46,8 @@ def read_value(key: Key, value: Any) -> Any:
         return None
     if key.word is not None and value == key.word:
         return value
+    if key.form is not None and isinstance(value, str) and re.fullmatch(key.form.pattern, value, re.ASCII):
+        return value
     if key.kind == "bool":
         return value if isinstance(value, bool) else _refuse(key, value)
     if key.kind in ("int", "float"):
@@ -74,6 +76,7 @@ def expected(key: Key) -> str:
         for at, (sign, bound) in enumerate(pair for pair in bounds if pair[1] is not None)
     )
     words += f" or {key.word}" if key.word else ""
+    words += f" or {key.form.words}" if key.form else ""
     return f"{words} or null" if key.optional else words
 
 

@@ -2,6 +2,9 @@
 
 It is process 1 of a container: it reaps whatever is orphaned, and its exit code is what Kubernetes sees.
 The order of verdicts is: 64 (starting again would not help), a crash's code, 75 (start again), 0.
+A node that was not told to stop, while another was, holds, as does one that has lost another: all pods that end in one
+instant can make Volcano give the run up. It holds here and not in the ranks, which have saved, and give the devices
+and the network back.
 Why not torch's elastic agent: it ends the siblings of a rank that leaves with 75 at once, and itself with 143.
 """
 
@@ -12,24 +15,17 @@ import ctypes
 import os
 import select
 import signal
-import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from entrypoint.launch.rank_process import (
-    LAUNCH_VARIABLE,
-    STDERR,
-    STDOUT,
-    VERDICT_VARIABLE,
-    Output,
-    RankProcess,
-    start_rank,
-)
+from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
+from entrypoint.launch.rank_process import LAUNCH_VARIABLE, STDERR, STDOUT, Output, RankProcess, start_rank
+from entrypoint.launch.restarts import Restarts
 from entrypoint.launch.topology import Topology, read_topology
+from entrypoint.launch.verdict import Verdict, combine
 
 PATIENCE = 30.0  # seconds: what siblings get after a crash or a 64, and a rank to leave after its verdict
 KILL_AFTER = 10.0  # seconds between the SIGTERM that ends the patience and SIGKILL
@@ -44,6 +40,9 @@ def launch(
     environ: Mapping[str, str],
     *,
     module: str = "entrypoint",
+    restarts: Restarts | None = None,
+    grace: float = 120.0,
+    hold: float = 0.0,
     patience: float = PATIENCE,
     kill_after: float = KILL_AFTER,
 ) -> int:
@@ -53,6 +52,9 @@ def launch(
         argv: arguments of every rank.
         environ: base of the ranks' environment; see `read_topology` for what is read from it.
         module: what `python -m` runs as a rank.
+        restarts: the run's earlier starts: after a crash there is a pause, after several a refusal.
+        grace: seconds from a signal to stop until ranks that are still there are killed.
+        hold: seconds that a node of several waits to be told to stop, once its ranks have stopped because of another.
         patience: seconds that the others get after a crash or a 64, before SIGTERM.
         kill_after: seconds between that SIGTERM and SIGKILL.
 
@@ -61,59 +63,68 @@ def launch(
 
     Raises:
         ConfigError: the environment does not say where ranks meet.
+        CrashedError: the run has crashed too often.
     """
     topology = read_topology(environ)
     wakeup = _catch_signals()
     _adopt_orphans()
-    gang = _Gang(patience, kill_after)
+    name = uuid.uuid4().hex
+    if restarts:
+        restarts.story.launch = name
+        if topology.node_rank == 0 and _told_in_pause(wakeup, *restarts.pause()):
+            return EXIT_STOPPED
+    gang = _Gang(grace, patience, kill_after)
     try:
-        gang.start(module, argv, environ, topology)
+        gang.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
         while gang.running:
             for signum in _wait(wakeup, gang):
                 gang.forward(signum)
             gang.reap()
             gang.enforce()
-        return combine(gang.codes)
+        verdict = combine(gang.verdicts)
     finally:
         gang.close()
+    if restarts and (verdict.crashed or (verdict.code == EXIT_STOPPED and topology.node_rank == 0)):
+        restarts.note(verdict, topology, told=gang.stopping)
+    if topology.nodes > 1 and not gang.stopping:
+        if verdict.code == EXIT_STOPPED and verdict.hold:
+            _hold(wakeup, "another node was told to stop, this one was not: it holds, saved", hold)
+        elif verdict.code == EXIT_LOST:  # nodes that have lost each other don't end in one instant either
+            share = hold * (1 + topology.node_rank) / topology.nodes
+            _hold(wakeup, "a rank of another node crashed or is lost: this node holds", share)
+    return verdict.code
 
 
-def combine(codes: Iterable[int]) -> int:
-    """One verdict of many, given in the order in which they came: 64, else the first crash, else 75, else 0."""
-    codes = list(codes)
-    if EXIT_REFUSED in codes:
-        return EXIT_REFUSED
-    crashes = [code for code in codes if code not in (EXIT_DONE, EXIT_STOPPED)]
-    if crashes:
-        return crashes[0]
-    return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_DONE
+def _told_in_pause(wakeup: int, seconds: float, why: str) -> bool:
+    """Wait before the ranks are started; whether a signal said to stop."""
+    if seconds:
+        _say(f"the last start crashed ({why}); starting again in {seconds:g} s")
+    return seconds > 0 and _told_within(wakeup, seconds)
 
 
-def report_verdict(code: int) -> None:
-    """Tell the launcher this rank's exit code; nothing that happens later in the process can change it.
+def _hold(wakeup: int, why: str, seconds: float) -> None:
+    """Wait to be told to stop, so that the node that has the reason leaves first."""
+    _say(f"{why}, for up to {seconds:g} s")
+    _told_within(wakeup, seconds)
 
-    An abort in a library's teardown (NCCL, gloo) would otherwise turn a finished or saved run into a crash.
-    Does nothing in a process that no launcher of ours started.
-    """
-    descriptor = os.environ.pop(VERDICT_VARIABLE, None)
-    if descriptor is None or "WORLD_SIZE" not in os.environ:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    with contextlib.suppress(OSError, ValueError):
-        if stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode):
-            os.write(int(descriptor), f"{code}\n".encode())
-            os.close(int(descriptor))
+
+def _told_within(wakeup: int, seconds: float) -> bool:
+    """Whether a signal to stop comes within so many seconds; returns at once when it does."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([wakeup], [], [], left)[0] and set(os.read(wakeup, 4096)) & set(STOP_SIGNALS):
+            return True
+    return False
 
 
 class _Gang:
     """The ranks of this node, from their start to the last one's end."""
 
-    def __init__(self, patience: float, kill_after: float) -> None:
+    def __init__(self, grace: float, patience: float, kill_after: float) -> None:
         self.ranks: list[RankProcess] = []
-        self.codes: list[int] = []  # in the order of ending
-        self._patience, self._kill_after = patience, kill_after
+        self.verdicts: list[Verdict] = []  # in the order of ending
+        self._grace, self._patience, self._kill_after = grace, patience, kill_after
+        self._grace_ends: float | None = None  # monotonic seconds; set by a signal to stop
         self._output = Output()
         self._forwarded: set[int] = set()
         self._deadline: float | None = None  # monotonic seconds until those left are told to go
@@ -123,8 +134,13 @@ class _Gang:
     def running(self) -> list[RankProcess]:
         return [rank for rank in self.ranks if rank.ended is None]
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal said to stop."""
+        return self._grace_ends is not None
+
     def start(self, module: str, argv: Sequence[str], environ: Mapping[str, str], topology: Topology) -> None:
-        base = {"PYTHONUNBUFFERED": "1", **environ, LAUNCH_VARIABLE: uuid.uuid4().hex}
+        base = {"PYTHONUNBUFFERED": "1", **environ}
         if topology.local_ranks > 1:  # else every rank would start a thread on every core
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
             base.setdefault("OMP_NUM_THREADS", str(max(1, cores // topology.local_ranks)))
@@ -141,6 +157,7 @@ class _Gang:
             if signum in self._forwarded:
                 return
             self._forwarded.add(signum)
+            self._grace_ends = self._grace_ends or time.monotonic() + self._grace
             told = f"{len(self.running)} ranks are told" if len(self.running) > 1 else "the rank is told"
             _say(f"{signal.Signals(signum).name}: {told}; waiting for them to save and leave")
         for rank in self.running:
@@ -162,21 +179,19 @@ class _Gang:
         rank.read_verdict()
         rank.ended = how
         code = how if how >= 0 else 128 - how
-        if rank.reported is not None:
-            if code != rank.reported:
-                _say(f"rank {rank.rank} ended with {code} after it had reported {rank.reported}, which counts")
-            self.codes.append(rank.reported)
-            bounded = rank.reported not in (EXIT_DONE, EXIT_STOPPED)
+        if rank.reported is not None:  # it counts, whatever a library's teardown made of it
+            self.verdicts.append(rank.reported)
         elif how < 0 and -how in self._forwarded:
             _say(f"rank {rank.rank} left before its first step, with nothing new to save; start the same command again")
-            self.codes.append(EXIT_STOPPED)  # told to stop before it could catch the signal: nothing is broken
-            bounded = True  # but the others can't agree with it on where to stop
+            self.verdicts.append(Verdict(EXIT_STOPPED))  # told before it could catch the signal: nothing is broken
         elif how < 0 and self._told:
             return  # our own doing: what made us do it is in the verdict already
         else:
-            self.codes.append(code)
-            bounded = code not in (EXIT_DONE, EXIT_STOPPED)
-        if bounded and self._deadline is None and self.running:
+            by = f"was killed by {signal.Signals(-how).name}" if how < 0 else f"ended with {code}"
+            self.verdicts.append(Verdict(code, error=f"rank {rank.rank} {by}"))
+        verdict = self.verdicts[-1]
+        unasked = rank.reported is None and verdict.code == EXIT_STOPPED  # the others can't agree with it on a step
+        if (verdict.code not in (EXIT_DONE, EXIT_STOPPED) or unasked) and self._deadline is None and self.running:
             if rank.reported is None:  # else its own line says why, and is to be the log's last
                 _say(f"rank {rank.rank} ended with {code}; the others get {self._patience:g} s to leave")
             self._deadline = time.monotonic() + self._patience
@@ -187,6 +202,11 @@ class _Gang:
         for rank in self.running:
             if rank.overdue_at is not None and now >= rank.overdue_at:
                 rank.kill_group(signal.SIGKILL)  # its verdict stands: only its teardown hangs
+        if self._grace_ends is not None and now >= self._grace_ends and self.running and not self._told:
+            late = ", ".join(str(rank.rank) for rank in self.running)
+            _say(f"ranks {late} had not left {self._grace:g} s after the signal (checkpoint.grace_seconds): killed")
+            self.verdicts.append(Verdict(EXIT_STOPPED))  # the newest complete checkpoint is what is saved
+            self._told, self._deadline = True, now
         if self._deadline is None or now < self._deadline:
             return
         if self.running and not self._told:
@@ -201,6 +221,7 @@ class _Gang:
     def wait_time(self) -> float | None:
         """Seconds until `enforce` has something to do; None: only a signal or a verdict will bring news."""
         moments = [rank.overdue_at for rank in self.running] + [self._deadline]
+        moments += [] if self._told else [self._grace_ends]
         due = [moment for moment in moments if moment is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 

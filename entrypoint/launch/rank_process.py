@@ -11,7 +11,8 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-VERDICT_VARIABLE = "ENTRYPOINT_VERDICT"  # number of the inherited descriptor that a rank writes its exit code to
+from entrypoint.launch.verdict import LONGEST, VERDICT_VARIABLE, Verdict, parse
+
 LAUNCH_VARIABLE = "ENTRYPOINT_LAUNCH"  # tells one start of this node's ranks from another
 STDOUT, STDERR = 1, 2
 LONGEST_LINE = 1 << 16  # bytes; a longer one is cut into lines of its own
@@ -36,17 +37,16 @@ class RankProcess:
     pid: int
     verdict_fd: int
     silent: bool = False  # whether it can't report any more: its end of the pipe is closed
-    reported: int | None = None  # what the rank itself says its exit code is
+    reported: Verdict | None = None  # what the rank itself says of its end
     overdue_at: float | None = None  # monotonic seconds; set once it has reported
     ended: int | None = None  # how the process ended: exit code, or -N for signal N
 
     def read_verdict(self) -> None:
         """Take what the rank has reported so far, without waiting."""
         with contextlib.suppress(BlockingIOError):
-            text = os.read(self.verdict_fd, 64).strip()
+            text = os.read(self.verdict_fd, LONGEST)
             self.silent = not text
-            if text.isdigit() and self.reported is None:
-                self.reported = int(text)
+            self.reported = self.reported or parse(text.decode(errors="replace"))
 
     def kill(self, signum: int) -> None:
         """Send a signal to the rank alone; it is its business what its own children are told."""

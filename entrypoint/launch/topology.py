@@ -51,16 +51,16 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
     Raises:
         ConfigError: one of them is no number in its range, or several nodes lack what they need to meet.
     """
-    nodes = _number(environ, "NNODES", default=1, minimum=1)
+    nodes = read_number(environ, "NNODES", default=1, minimum=1)
     if nodes > 1:
         for name, meaning in (("MASTER_ADDR", "the host name of node 0"), ("NODE_RANK", "this node's number from 0")):
             if not environ.get(name):
                 raise ConfigError(f"environment: NNODES={nodes} needs {name}, which is not set; set it to {meaning}")
-    node_rank = _number(environ, "NODE_RANK", default=0, minimum=0)
+    node_rank = read_number(environ, "NODE_RANK", default=0, minimum=0)
     if node_rank >= nodes:
         raise ConfigError(f"environment: NODE_RANK={node_rank} must be below NNODES={nodes}; nodes count from 0")
-    local_ranks = _number(environ, "LOCAL_WORLD_SIZE", default=0, minimum=1)
-    port = _number(environ, "MASTER_PORT", default=DEFAULT_PORT if nodes > 1 else 0, minimum=1, maximum=65535)
+    local_ranks = read_number(environ, "LOCAL_WORLD_SIZE", default=0, minimum=1)
+    port = read_number(environ, "MASTER_PORT", default=DEFAULT_PORT if nodes > 1 else 0, minimum=1, maximum=65535)
     return Topology(
         nodes=nodes,
         node_rank=node_rank,
@@ -109,7 +109,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _number(environ: Mapping[str, str], name: str, *, default: int, minimum: int, maximum: int | None = None) -> int:
+def read_number(
+    environ: Mapping[str, str], name: str, *, default: int, minimum: int, maximum: int | None = None
+) -> int:
+    """A whole number from the environment; `default` where it is not set.
+
+    Raises:
+        ConfigError: it is none, or out of its bounds.
+    """
     text = environ.get(name, "").strip()
     if not text:
         return default

@@ -20,19 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoint.errors import ModelError
+from entrypoint.errors import EXIT_STOPPED, ModelError, RunError, StorageDownError
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.model.folder import INDEX, PARTS, base_dtype, check_model, check_names, model_identity, weight_names
-from entrypoint.storage import explained, filesystem, is_s3, local_path, sync, write_atomically
+from entrypoint.storage import explained, is_s3, local_path, s3, sync, write_atomically
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+    from entrypoint.s3 import S3
 
 __all__ = ["base_dtype", "check_model", "fetch_model", "list_model", "model_identity"]
 
 STALL = 300.0  # seconds without a new byte after which the others give up on local rank 0
 POLL = 0.2  # seconds
-AT_ONCE = 8  # files fetched at the same time
 
 
 def fetch_model(
@@ -54,6 +53,7 @@ def fetch_model(
 
     Raises:
         ModelError: the model can't be used or not be fetched.
+        StorageDownError: the storage can't be reached now.
     """
     if not is_s3(path):
         folder = local_path(path)
@@ -62,7 +62,7 @@ def fetch_model(
     url = path.rstrip("/")
     cache = Path(cache_path) if cache_path else Path(tempfile.gettempdir()) / "models"
     with explained(url, ModelError, local=cache):
-        fs = filesystem(url, endpoint_url)
+        fs = s3(endpoint_url)
         remote = _list(fs, url, endpoint_url)
         launch = environ.get(LAUNCH_VARIABLE, str(os.getppid()))
         place = _Place(cache, f"{url.rsplit('/', 1)[-1]}-{remote.key}", launch)
@@ -75,7 +75,7 @@ def fetch_model(
     return place.folder
 
 
-def list_model(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> dict[str, int]:
+def list_model(fs: S3, url: str, endpoint_url: str | None) -> dict[str, int]:
     """The files of the model at `url`, an s3:// prefix without a slash at its end, and their bytes.
 
     Raises:
@@ -118,7 +118,7 @@ class _Place:
         return self.cache / f".{self.name}.{self.launch}.failed"
 
 
-def _list(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> _Remote:
+def _list(fs: S3, url: str, endpoint_url: str | None) -> _Remote:
     entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in fs.ls(url, detail=True) if entry["type"] == "file"}
     check_names(entries, url)
     index = None
@@ -134,7 +134,7 @@ def _list(fs: AbstractFileSystem, url: str, endpoint_url: str | None) -> _Remote
     return _Remote(url, sizes, key)
 
 
-def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
+def _fetch(fs: S3, remote: _Remote, place: _Place) -> None:
     """Fetch what is missing; on failure leave a note, so that the other ranks of this node need not wait."""
     place.cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,26 +148,25 @@ def _fetch(fs: AbstractFileSystem, remote: _Remote, place: _Place) -> None:
             sync(place.cache)
     except BaseException as error:
         with suppress(OSError):
-            write_atomically(place.failed, str(error).encode())
+            code = error.exit_code if isinstance(error, RunError) else None
+            write_atomically(place.failed, json.dumps({"error": str(error), "exit_code": code}).encode())
         raise
 
 
-def _download(fs: AbstractFileSystem, remote: _Remote, partial: Path) -> None:
+def _download(fs: S3, remote: _Remote, partial: Path) -> None:
     """Fetch each file under a name of its own and rename it: an interrupted fetch goes on where it was."""
     partial.mkdir(exist_ok=True)
-    missing = [name for name, size in remote.sizes.items() if _size(partial / name) != size]
-    for start in range(0, len(missing), AT_ONCE):
-        names = missing[start : start + AT_ONCE]
-        fs.get([f"{remote.url}/{name}" for name in names], [str(partial / f".{name}") for name in names])
-        for name in names:
-            if (got := _size(partial / f".{name}")) != remote.sizes[name]:
-                raise ModelError(
-                    f"{remote.url}/{name}: got {got} bytes, expected {remote.sizes[name]}; "
-                    "it changed while it was fetched: start again when it is still"
-                )
-            with open(partial / f".{name}", "rb") as file:
-                os.fsync(file.fileno())
-            os.rename(partial / f".{name}", partial / name)
+    for name, size in remote.sizes.items():
+        if _size(partial / name) == size:
+            continue
+        fs.receive(f"{remote.url}/{name}", partial / f".{name}", size)
+        if (got := _size(partial / f".{name}")) != size:
+            raise ModelError(
+                f"{remote.url}/{name}: got {got} bytes, expected {size}; "
+                "it changed while it was fetched: start again when it is still"
+            )
+        sync(partial / f".{name}")
+        os.rename(partial / f".{name}", partial / name)
     for stray in {entry.name for entry in partial.iterdir()} - set(remote.sizes):
         (partial / stray).unlink()
 
@@ -187,12 +186,13 @@ def _wait(remote: _Remote, place: _Place, stall: float) -> None:
     arrived, since = -1, time.monotonic()
     while not remote.complete(place.folder):
         with suppress(FileNotFoundError):
-            raise ModelError(place.failed.read_text())
+            said = json.loads(place.failed.read_bytes())
+            raise (StorageDownError if said["exit_code"] == EXIT_STOPPED else ModelError)(said["error"])
         now = _arrived(place.partial)
         if now != arrived:
             arrived, since = now, time.monotonic()
         if time.monotonic() - since > stall:
-            raise ModelError(
+            raise StorageDownError(
                 f"{remote.url}: nothing arrived in {place.cache} for {stall:g} s; "
                 "local rank 0 fetches it there: see its messages"
             )

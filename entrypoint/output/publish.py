@@ -12,6 +12,7 @@ Readers look for `run.json` and nothing else: it is written last, so whoever see
     counts               rows used and dropped, by reason
     metrics              {before: {name: value}, after: {name: value}} on the held-out pairs
     training             steps, epochs, seconds and what a unit of the batch was
+    story                starts, interruptions and crashes, and what they cost; see docs/metrics.md
     versions             of Python, this program and the libraries that decide the numbers
     configuration        the composed run file
     files                {name: {sha256, size in bytes}} of every file of the model
@@ -27,10 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.errors import CheckpointError, RunError, StoppedError
+from entrypoint.errors import CheckpointError, RunError
 from entrypoint.model.final import save_model
 from entrypoint.output.target import Target, open_target
-from entrypoint.storage import explained, file_sha256, temporary
+from entrypoint.storage import explained, file_sha256
 
 __all__ = ["claim_output", "find_output", "publish", "save_model"]
 
@@ -104,17 +105,14 @@ def publish(folder: Path, url: str, endpoint_url: str | None, record: Mapping[st
         The whole of run.json.
 
     Raises:
-        StoppedError: the storage can't be reached now; the same command goes on from the last checkpoint.
+        StorageDownError: the storage can't be reached now; the same command goes on from the last checkpoint.
         CheckpointError: it refuses.
     """
-    kind: type[RunError] = CheckpointError
     try:
         with explained(url, CheckpointError, local=folder):
             return _publish(folder, open_target(url, endpoint_url), record)
-    except CheckpointError as error:
-        if error.__cause__ is not None and temporary(error.__cause__):
-            kind = StoppedError
-        raise kind(f"the final model was not written: {error}") from error.__cause__
+    except RunError as error:
+        raise type(error)(f"the final model was not written: {error}") from error.__cause__
 
 
 def _publish(folder: Path, target: Target, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +129,7 @@ def _publish(folder: Path, target: Target, record: Mapping[str, Any]) -> dict[st
         _refuse_other(target.url, before, run["fingerprint"])
     target.write(UNFINISHED, _dump({"fingerprint": run["fingerprint"], "date": run["date"], "files": files}))
     target.remove(RUN_FILE)  # a damaged output of this run: nobody must read it while it is mended
+    target.tidy()
     for stale in {*before.get("files", {})} - {*files}:  # a former try's, cut into other shards
         target.remove(stale)
     for path in paths:

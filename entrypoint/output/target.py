@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from entrypoint.storage import error_code, filesystem, is_s3, local_path, sync, write_atomically
+from entrypoint.storage import error_code, is_s3, local_path, s3, sync, write_atomically
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+    from entrypoint.s3 import S3
 
 
 class Target(Protocol):
@@ -36,13 +37,16 @@ class Target(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
 
+    def tidy(self) -> None:
+        """Remove what a killed writer began and no listing shows."""
+
     def probe(self) -> None:
         """Fail where nothing can be written."""
 
 
 def open_target(url: str, endpoint_url: str | None = None) -> Target:
     """The target at `url`; nothing is asked of the storage yet."""
-    return S3Target(url, filesystem(url, endpoint_url)) if is_s3(url) else LocalTarget(local_path(url))
+    return S3Target(url, s3(endpoint_url)) if is_s3(url) else LocalTarget(local_path(url))
 
 
 class LocalTarget:
@@ -83,6 +87,10 @@ class LocalTarget:
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        for partial in self._folder.glob(".*.partial"):
+            partial.unlink()
+
     def probe(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         name = _probe_name()
@@ -93,7 +101,7 @@ class LocalTarget:
 class S3Target:
     """A prefix of a bucket."""
 
-    def __init__(self, url: str, fs: AbstractFileSystem) -> None:
+    def __init__(self, url: str, fs: S3) -> None:
         self.url, self._fs = url.rstrip("/"), fs
 
     def sizes(self) -> dict[str, int]:
@@ -117,11 +125,14 @@ class S3Target:
         self._fs.pipe_file(f"{self.url}/{name}", content)
 
     def put(self, path: Path) -> None:
-        self._fs.put_file(str(path), f"{self.url}/{path.name}")
+        self._fs.send(path, f"{self.url}/{path.name}")
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self.url}/{name}")
+
+    def tidy(self) -> None:
+        self._fs.abandon_uploads(self.url, re.compile(r"[^/]+"))
 
     def probe(self) -> None:
         name = _probe_name()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from entrypoint.__main__ import leave_pipe
+from entrypoint.command import leave_pipe
 from entrypoint.config import load
 from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED, ConfigError, RunError
 from entrypoint.preflight.base_model import BaseModel

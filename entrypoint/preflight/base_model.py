@@ -12,7 +12,7 @@ from entrypoint.conf import Lora, Model
 from entrypoint.errors import ModelError
 from entrypoint.model.fetch import list_model
 from entrypoint.model.folder import PARTS, Header, check_model, check_parts, header_of
-from entrypoint.storage import explained, filesystem, is_s3, local_path
+from entrypoint.storage import explained, is_s3, local_path, s3
 
 BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments, all in fp32
 FIRST_BYTES = 1 << 20  # asked of a weights file on S3 at once; most headers are shorter
@@ -64,7 +64,7 @@ class BaseModel:
         with tempfile.TemporaryDirectory() as cache:
             folder = Path(cache)
             with explained(url, ModelError, local=folder):
-                fs = filesystem(url, self._endpoint_url)
+                fs = s3(self._endpoint_url)
                 sizes = list_model(fs, url, self._endpoint_url)
                 small = [name for name in sizes if PARTS.fullmatch(name)]
                 fs.get([f"{url}/{name}" for name in small], [str(folder / name) for name in small])

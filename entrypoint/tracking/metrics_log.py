@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.storage import write_atomically
+from entrypoint.storage import explain, write_atomically
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -34,6 +35,7 @@ class MetricsLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS
+        self._silent = False
         lines = [] if fresh else [line for line in read_metrics(self._path) if line["step"] <= resumed_at]
         self._there = {(line["step"], frozenset(line["metrics"])) for line in lines}
         write_atomically(self._path, "".join(_line(line) for line in lines).encode())
@@ -44,22 +46,46 @@ class MetricsLog:
         self._board = SummaryWriter(log_dir=str(folder / TENSORBOARD), purge_step=None if fresh else resumed_at + 1)
 
     def log(self, step: int, metrics: Mapping[str, float], *, epoch: float | None) -> bool:
-        """Write one line, on disk when this returns; False: it was there already."""
+        """Write one line; False: it was there already. Where the disk takes none, training goes on: see `_write`."""
         key = (step, frozenset(metrics))
         if key in self._there:
             return False
         self._there.add(key)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._file.write(_line({"step": step, "epoch": epoch, "time": now, "metrics": dict(metrics)}))
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        self._write(_line({"step": step, "epoch": epoch, "time": now, "metrics": dict(metrics)}))
+        try:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:  # TensorBoard's writer does not recover
+            self._complain(error)
         return True
 
+    def _write(self, line: str) -> None:
+        """Lines that the disk does not take stay in the buffer and come with a later one."""
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._silent:
+            print(f"entrypoint: warning: metrics are held back: {explain(error, str(self._path))}", file=sys.stderr)
+        self._silent = True
+
+    def holds(self, step: int, prefix: str) -> bool:
+        """Whether a metric of this step is there whose name begins so."""
+        return any(at == step and any(name.startswith(prefix) for name in names) for at, names in self._there)
+
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Close both; what the disk still does not take is lost then."""
+        for closes in (self._file.close, self._board.close):
+            try:
+                closes()
+            except OSError as error:
+                self._silent = False
+                self._complain(error)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

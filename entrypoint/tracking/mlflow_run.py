@@ -68,7 +68,7 @@ class MlflowRun:
         self._sent: set[tuple[str, int]] = set()
         self._failures, self._dropped, self._closed = 0, 0, False
         self._outage = False  # whether it was said that metrics don't get through
-        known = None if fresh else _known(folder, uri)
+        known = None if fresh else self.known(folder, uri)
         self.run_id = known or ""  # empty: there is none
         try:
             self.run_id = self._open(experiment, name, known, parameters)
@@ -82,6 +82,15 @@ class MlflowRun:
         if self.run_id:
             write_atomically(folder / RUN_FILE, json.dumps({"uri": uri, "run_id": self.run_id}).encode())
             threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    @staticmethod
+    def known(folder: Path, uri: str) -> str | None:
+        """The id of the MLflow run that this run has on this server already."""
+        try:
+            said = json.loads((folder / RUN_FILE).read_bytes())
+            return str(said["run_id"]) if said["uri"] == uri else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Have metrics sent; returns at once. A resumed run's repeated steps are not sent twice."""
@@ -100,7 +109,7 @@ class MlflowRun:
         self._news.set()
 
     def finish(self, model_name: str, source: str, tags: Mapping[str, str]) -> None:
-        """Register the model at `source` as a new version, tag it and the run, and end the run."""
+        """Register the model at `source` as a new version, once, tag it and the run, and end the run."""
         if not self.run_id:
             return
         try:
@@ -181,6 +190,8 @@ class MlflowRun:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        if self._client.search_model_versions(f"run_id='{self.run_id}'"):
+            return  # by a start that was killed after it
         if not is_s3(source):
             # A server refuses its clients' local folders as sources: the run stands in, a tag says where the model is.
             tags, source = {**tags, "path": source}, f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
@@ -208,14 +219,6 @@ class MlflowRun:
         self._failures += 1
         if self._failures == 1 or always:
             _say(f"{self._uri}: {consequence} ({_first_line(error)})")
-
-
-def _known(folder: Path, uri: str) -> str | None:
-    try:
-        said = json.loads((folder / RUN_FILE).read_bytes())
-        return str(said["run_id"]) if said["uri"] == uri else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -69,6 +69,10 @@ class Tracker:
             if self._mlflow:
                 self._mlflow.log(step, values)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of this step is written down."""
+        return self._log.holds(step, HELD_OUT)
+
     def finish(self, record: Mapping[str, Any]) -> None:
         """Log the metrics after training and register the model.
 
@@ -90,6 +94,17 @@ class Tracker:
         self._log.close()
         if self._mlflow:
             self._mlflow.close()
+
+
+def finish_again(run: Run, record: Mapping[str, Any]) -> None:
+    """Finish the tracking of a complete output: the start that wrote it may have been killed before it had.
+
+    Args:
+        record: its run.json.
+    """
+    if run.tracking.mlflow_uri and MlflowRun.known(Path(str(run.checkpoint.path)), run.tracking.mlflow_uri):
+        steps = int(record["training"]["steps"])
+        Tracker(run, resumed_at=steps, total_steps=steps).finish(record)
 
 
 def _tracked(folder: Path) -> str | None:

@@ -214,8 +214,9 @@ def training_arguments(train: Train, checkpoint: Checkpoint, *, steps: int) -> d
         "ddp_find_unused_parameters": False,
         "logging_steps": train.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN is shown, not smoothed over
-        "save_strategy": "steps",
-        "save_steps": checkpoint.save_every,
+        "save_strategy": "steps",  # the last step is saved too
+        # By minutes rank 0's clock says when: see `Course`.
+        "save_steps": checkpoint.save_every if isinstance(checkpoint.save_every, int) else steps,
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -58,16 +58,27 @@ class ReferenceLogProbs:
         return np.setdiff1d(responses, self._known)
 
     def compute(self, scorer: Scorer, groups: Groups, responses: Int64) -> int:
-        """Score what is missing of `responses` with the base model; returns how many that were."""
+        """Score what is missing of `responses` with the base model; returns how many that were.
+
+        Raises:
+            StoppedError: told to stop; what was scored so far is kept, and a later pass goes on from there.
+        """
         world = scorer.world
         # Rank 0's listing for all: another run may be adding parts, and ranks must agree on what is missing.
         self.refresh(world.once(self._names))
         missing = self.missing(responses)
-        for start in range(0, len(missing), BLOCK * world.size):
-            block = missing[start : start + BLOCK * world.size]
-            scored = list(scorer.log_probs(groups, block))
-            if scored:
-                self._write(scored)
+        # Blocks of all responses, not of the missing ones: a pass that was stopped goes on with the same calls.
+        for start in range(0, len(responses), BLOCK * world.size):
+            block = responses[start : start + BLOCK * world.size]
+            known = set(np.setdiff1d(block, missing).tolist())
+            if len(known) == len(block):
+                continue
+            scored: list[tuple[int, Float32]] = []
+            try:
+                scored.extend(scorer.log_probs(groups, block, known))
+            finally:
+                if scored:
+                    self._write(scored)
             world.barrier()
         self.refresh(world.once(self._names))
         return len(missing)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,21 @@ class Scorer:
     world: World
 
     @torch.no_grad()
-    def log_probs(self, groups: Groups, responses: Int64) -> Iterator[tuple[int, Float32]]:
+    def log_probs(self, groups: Groups, responses: Int64, known: Collection[int] = ()) -> Iterator[tuple[int, Float32]]:
         """This rank's share of `responses` (ascending) with their log-probs: (flat index, nats of each token (R,)).
 
         Every rank must consume its iterator to the end and be given the same responses: each makes equally many
         forward calls, since under FSDP a forward is a collective.
+
+        Args:
+            known: of a pass that was stopped. A call whose responses are all known, on every rank, is left out; the
+                others are what they would have been, so that their numbers are, to the last bit.
+
+        Raises:
+            StoppedError: a rank was told to stop, which all learn before the same call.
         """
-        for mine in self._batches(groups, responses):
+        for mine in self._batches(groups, responses, known):
+            self.world.check_stop("scoring responses")
             rows = sequences(groups, np.array(mine, np.int64)) if mine else [EMPTY]
             out = self.forward(**inputs(rows, self.pad, self.device))
             scored = out.log_probs.float().cpu().numpy()
@@ -91,7 +100,7 @@ class Scorer:
                 start = len(prompt) - 1  # position t predicts token t + 1
                 yield response, scored[k, start : start + len(answer)].astype(np.float32)
 
-    def _batches(self, groups: Groups, responses: Int64) -> list[list[int]]:
+    def _batches(self, groups: Groups, responses: Int64, known: Collection[int]) -> list[list[int]]:
         """This rank's forward calls; empty ones where another rank has more."""
         cost = Cost(groups, shared=self.shared)
         bundles = [[r] for r in responses.tolist()]
@@ -101,5 +110,5 @@ class Scorer:
         shares = deal([cost.distinct(bundle) for bundle in bundles], self.world.size)
         # Longest first within a rank (deal's own order): without sharing, rows of a batch are of like length.
         batches = [cost.pack([[r] for i in share for r in bundles[i]], self.budget) for share in shares]
-        mine = batches[self.world.rank]
-        return mine + [[]] * (max(map(len, batches)) - len(mine))
+        calls = list(zip_longest(*batches, fillvalue=[]))  # each call's share of every rank
+        return [call[self.world.rank] for call in calls if any(r not in known for share in call for r in share)]

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
+from entrypoint.checkpoint import Checkpoints
 from entrypoint.errors import DivergedError
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.training.batches import MicroBatch, Step, StepSampler
-from entrypoint.training.checkpoint import Checkpoints
 from entrypoint.training.clock import Clock, throughput
 
 Micro = dict[str, Any]  # tensors of one forward call; under "weights" its sequences and tokens, under "step" its `Step`
@@ -43,6 +43,7 @@ class WholeBatch:
         *,
         checkpoints: Checkpoints,
         before_first_step: Callable[[nn.Module], None],
+        best: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Where the steps come from.
 
@@ -51,11 +52,13 @@ class WholeBatch:
             rows: collates a `MicroBatch`.
             checkpoints: saves and restores the run's state.
             before_first_step: called with the prepared model while it still is the base model.
+            best: how good the policy is, where it was evaluated at the present step.
         """
         self._sampler = sampler
         self._rows = rows
         self._checkpoints = checkpoints
         self._before_first_step = before_first_step
+        self._best = best
         self._sums: dict[str, tuple[float, float]] = {}  # metric of this step: weighted sum, weight
         self._steps: list[Step] = []  # since the last line of metrics
         self._clock = Clock(self.args.device)
@@ -217,14 +220,14 @@ class WholeBatch:
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         self._clock.enter("checkpoint")
-        self._checkpoints.save(model, self.optimizer, self.lr_scheduler, self.state)
+        self._checkpoints.save(model, self.optimizer, self.lr_scheduler, self.state, best=self._best())
         self._clock.enter("other")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing before wrapping: see `_prepare_for_training`."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing is random after the start: dropout is off, and the order comes from (seed, epoch)."""
+        """Nothing of TRL's: `Checkpoints.load` has it."""
 
 
 class _AfterOptimizer(TrainerCallback):

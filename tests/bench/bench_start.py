@@ -1,9 +1,10 @@
 """Bench (b): seconds from the command to the first optimiser step's end, on the demo's model and traces.
 
-    python -m tests.bench.bench_start                # 5 rounds of: first start, restart, and what importing alone costs
+    python -m tests.bench.bench_start                # 5 rounds of: first start, restart, resume, importing alone
 
-A first start prepares the traces and computes the reference's log-probs; a restart finds both on disk. The floor is a
-process that imports the same libraries and loads the same weights, and does nothing else.
+A first start prepares the traces and computes the reference's log-probs; a restart finds both on disk; a resumed run
+finds a checkpoint of step 1 too, verifies and loads it, and its clock stops at step 2. The floor is a process that
+imports the same libraries and loads the same weights, and does nothing else.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def floor(model: Path) -> float:
     return time.monotonic() - began
 
 
-def first_step(model: Path, out: Path, cache: Path) -> float:
-    """Seconds until a run of one step has logged it, from the command on.
+def seconds_to_step(step: int, model: Path, out: Path, cache: Path) -> float:
+    """Seconds until a run of two steps has logged this one, from the command on.
 
     The clock stops at the step's own time stamp: what comes after it, the evaluation and the output, is not counted.
     """
@@ -51,7 +52,8 @@ def first_step(model: Path, out: Path, cache: Path) -> float:
         "data.cache_path": cache,
         "model.path": model,
         "output.path": out,
-        "train.max_steps": 1,
+        "train.max_steps": 2,
+        "checkpoint.save_every": 1,
         "train.logging_steps": 1,
         "train.eval_pairs": 8,
     }
@@ -63,8 +65,15 @@ def first_step(model: Path, out: Path, cache: Path) -> float:
         capture_output=True,
     )
     lines = [json.loads(line) for line in (out / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
-    ended = next(line["time"] for line in lines if line["step"] == 1 and "loss" in line["metrics"])
+    ended = next(line["time"] for line in lines if line["step"] == step and "loss" in line["metrics"])
     return datetime.fromisoformat(ended).timestamp() - began
+
+
+def resumed(model: Path, out: Path, cache: Path) -> float:
+    """Seconds to step 2 of a run that was cut off after step 1."""
+    shutil.rmtree(out / "checkpoints" / "step-00000002")
+    (out / "run.json").unlink()
+    return seconds_to_step(2, model, out, cache)
 
 
 def main() -> None:
@@ -72,13 +81,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     model = unpack_model()
-    times: dict[str, list[float]] = {"imports and weights alone": [], "first start": [], "restart": []}
+    times: dict[str, list[float]] = {"imports and weights alone": [], "first start": [], "restart": [], "resume": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):  # interleaved: a slow minute of the machine meets all three
+        for number in range(rounds):  # interleaved: a slow minute of the machine meets all of them
             cache = Path(folder) / f"cache-{number}"
             times["imports and weights alone"].append(floor(model))
-            times["first start"].append(first_step(model, Path(folder) / f"first-{number}", cache))
-            times["restart"].append(first_step(model, Path(folder) / f"again-{number}", cache))
+            times["first start"].append(seconds_to_step(1, model, Path(folder) / f"first-{number}", cache))
+            times["restart"].append(seconds_to_step(1, model, Path(folder) / f"again-{number}", cache))
+            times["resume"].append(resumed(model, Path(folder) / f"again-{number}", cache))
             shutil.rmtree(Path(folder) / f"first-{number}")
             shutil.rmtree(Path(folder) / f"again-{number}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}")

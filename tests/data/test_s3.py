@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from entrypoint.data.locations import find_files
-from entrypoint.errors import DataError
+from entrypoint.errors import DataError, StorageDownError
 from tests.data.traces import contents, group, prepared, write
 from tests.servers.s3 import S3Server
 
@@ -167,5 +167,5 @@ def test_an_endpoint_that_nobody_listens_at() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refused at once
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(DataError, match="s3://bucket/lake: the storage can't be reached"):
+        with pytest.raises(StorageDownError, match="s3://bucket/lake: the storage can't be reached"):
             find_files("s3://bucket/lake", endpoint)

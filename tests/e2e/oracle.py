@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.runs import Ended, weights
+from tests.e2e.runs import Ended, maths, weights
 
 Float64 = npt.NDArray[np.float64]
 
@@ -68,15 +68,6 @@ def assert_same_weights(run: Ended, other: Ended, *, share: float = 1e-4) -> Non
     apart = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in theirs) ** 0.5
     whole = sum(float(tensor.double().square().sum()) for tensor in theirs.values()) ** 0.5
     assert apart <= share * whole
-
-
-def maths(run: Ended) -> list[tuple[int, float | None, dict[str, float]]]:
-    """What a run logged of its numbers, (step, epoch, metrics): without times and the ranks' loads."""
-    aside = ("tokens/", "speed/", "time/")
-    return [
-        (line["step"], line["epoch"], {n: v for n, v in line["metrics"].items() if not n.startswith(aside)})
-        for line in run.lines
-    ]
 
 
 def assert_same_course(run: Ended, straight: Ended) -> None:

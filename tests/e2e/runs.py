@@ -178,6 +178,19 @@ def read_lines(checkpoints: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def maths(run: Ended) -> list[tuple[int, float | None, dict[str, float]]]:
+    """What a run logged of its numbers, (step, epoch, metrics): without times, the ranks' loads and its story.
+
+    In the order of steps, of evaluation and loss: a run that was stopped in an evaluation makes it up when it is back.
+    """
+    aside = ("tokens/", "speed/", "time/", "story/")
+    lines = sorted(run.lines, key=lambda line: (line["step"], min(line["metrics"])))
+    return [
+        (line["step"], line["epoch"], {n: v for n, v in line["metrics"].items() if not n.startswith(aside)})
+        for line in lines
+    ]
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved model or adapter."""
     from safetensors.torch import load_file

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import traces
-from tests.e2e.oracle import assert_same_course, assert_same_weights, maths
-from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, contents, kill, run_all
+from tests.e2e.oracle import assert_same_course, assert_same_weights
+from tests.e2e.runs import TINY_RUN, TWO_RANKS, Ended, Start, contents, kill, maths, run_all
 
 pytestmark = pytest.mark.slow
 

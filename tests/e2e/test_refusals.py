@@ -101,9 +101,6 @@ REFUSALS = {
         on_s3,
         lambda place: place.s3.env | {"AWS_SECRET_ACCESS_KEY": "wrong"},
     ),
-    "an unreachable store": Refusal(
-        "the storage can't be reached", lambda place: on_s3(place, "http://127.0.0.1:9"), lambda place: place.s3.env
-    ),
     "no traces in the bucket": Refusal("lake/: not found ", on_s3, lambda place: place.s3.env),
 }
 DIVERGES = ("method=grpo", "train.max_steps=20", "checkpoint.save_every=1", "method.max_kl=1e-3")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from entrypoint.checkpoint import Checkpoints
 from entrypoint.conf import Checkpoint, Dpo, DpoTrain, Grpo, GrpoTrain, Lora, Model, Run
 from entrypoint.data.groups import Groups
 from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, build_trainer, plan
-from entrypoint.training.checkpoint import Checkpoints
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.training.scoring import Scorer
 from entrypoint.world import World

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from entrypoint.data.groups import Groups
+from entrypoint.errors import StoppedError
 from entrypoint.training import reference as reference_module
 from entrypoint.training.reference import ReferenceLogProbs
+from entrypoint.watch import NOTHING, STOP
+from entrypoint.world import World
 from tests.trainers.builders import scorer
 from tests.trainers.sample_groups import ragged_groups
 
@@ -78,3 +81,27 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     rest = ReferenceLogProbs(tmp_path)
     assert compute(rest, model, groups, responses, budget=1000) == len(responses) - 8
     assert not len(rest.missing(np.array(responses)))
+
+
+def test_a_pass_that_is_told_to_stop_keeps_what_it_has_and_ends_with_the_same_bits(model: Any, tmp_path: Path) -> None:
+    """In the middle of a block: the later pass makes the calls that are missing, each as it would have been."""
+    groups = ragged_groups(6)
+    responses = range(int(groups.offsets[-1]))
+    straight = ReferenceLogProbs(tmp_path / "straight")
+    compute(straight, model, groups, responses)
+    world, calls = World(rank=0, size=1, store=None), []
+
+    def told(**inputs: Any) -> Any:
+        calls.append(1)
+        world.watch.take(STOP if len(calls) == 3 else NOTHING)
+        return model(**inputs)
+
+    stopped = ReferenceLogProbs(tmp_path / "stopped")
+    with pytest.raises(StoppedError, match="told to stop while scoring responses; start the same command again"):
+        stopped.compute(scorer(told, budget=100, world=world), groups, np.asarray(responses))
+    assert len(calls) == 3
+    again = ReferenceLogProbs(tmp_path / "stopped")
+    missing = len(again.missing(np.array(responses)))
+    assert 0 < missing < len(responses)
+    assert compute(again, model, groups, responses) == missing
+    assert all((again[response] == straight[response]).all() for response in responses)

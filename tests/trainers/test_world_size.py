@@ -28,6 +28,7 @@ ALIKE = [
 RESUMED = [  # resumed run, straight run, tolerance
     ("grpo-1-again", "grpo-1", 0.0), ("dpo-1-again", "dpo-1", 0.0), ("lora-1-again", "lora-1", 0.0),
     ("grpo-1-to-2", "grpo-1", 1e-5), ("grpo-2-to-1", "grpo-1", 1e-5), ("dpo-2-to-1", "dpo-1", 1e-5),
+    ("grpo-2-to-3", "grpo-1", 1e-5), ("fsdp-2-to-3", "grpo-1", 1e-5),
     ("fsdp-2-again", "fsdp-grpo-2", 0.0), ("fsdp-2-to-1", "grpo-1", 1e-5),
 ]  # fmt: skip
 
@@ -60,10 +61,11 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
     launch(1, tiny, out, STRAIGHT[1])
     launch(2, tiny, out, [*STRAIGHT[2], f"grpo-1-to-2:grpo:grpo:150:{step_4('grpo-1', 1)}"])
-    launch(3, tiny, out, STRAIGHT[3])
+    launch(3, tiny, out, [*STRAIGHT[3], f"grpo-2-to-3:grpo:grpo:100:{step_4('grpo-2', 2)}"])
     launch(2, tiny, out, ["fsdp-grpo-2:grpo:grpo:200:fsdp", "fsdp-dpo-2:dpo:sigmoid:200:fsdp"])
     launch(2, tiny, out, ["fsdp-bf16-dpo:dpo:sigmoid:200:fsdp:bf16", "fsdp-bf16-grpo:grpo:grpo:200:fsdp:bf16"])
     launch(2, tiny, out, [f"fsdp-2-again:grpo:grpo:200:fsdp:{step_4('fsdp-grpo-2', 2)}"])
+    launch(3, tiny, out, [f"fsdp-2-to-3:grpo:grpo:100:fsdp:{step_4('fsdp-grpo-2', 2)}"])
     launch(
         1,
         tiny,

@@ -66,6 +66,7 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
     world.barrier()
     found = world.once(lambda: str(path) if (path := trainer._checkpoints.find("auto")) else None)
     trainer.train(resume_from_checkpoint=found)
+    trainer._checkpoints.wait()
     weights.append(flat([p for p in trainer.model_wrapped.parameters() if p.requires_grad]))
     if "fsdp" in options:
         gathered = full_state(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""The lock: one run a folder; a dead one's is free at once on its machine, and after a while on another."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from entrypoint.checkpoint import lock as module
+from entrypoint.checkpoint.lock import LOCK, Lock
+from entrypoint.errors import CheckpointError
+from tests.e2e.runs import wait_until
+
+FORK = multiprocessing.get_context("fork")  # a child that starts in no time
+
+
+def taken(folder: Path, patience: float = 0.0, said: list[str] | None = None) -> Lock:
+    lock = Lock(folder, patience=patience, warn=(said if said is not None else []).append)
+    lock.acquire()
+    return lock
+
+
+def hold(folder: Path, word: Connection) -> None:
+    """A run that takes the folder, says so and is there until it is killed or told to leave."""
+    lock = taken(folder)
+    word.send("taken")
+    word.recv()
+    lock.release()
+    word.send("left")
+
+
+@contextmanager
+def another(folder: Path) -> Iterator[tuple[multiprocessing.process.BaseProcess, Connection]]:
+    word, theirs = FORK.Pipe()
+    process = FORK.Process(target=hold, args=(folder, theirs), daemon=True)
+    process.start()
+    try:
+        assert word.recv() == "taken"
+        yield process, word
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_the_second_run_says_who_holds_the_folder_and_leaves(tmp_path: Path) -> None:
+    said: list[str] = []
+    with another(tmp_path) as (process, _):
+        for _ in range(3):
+            with pytest.raises(CheckpointError) as refused:
+                taken(tmp_path, 0.5, said)
+            assert refused.value.exit_code == 64
+            text = str(refused.value)
+            assert text.startswith(f"{tmp_path}: is held by another run, process {process.pid} on ")
+            assert f" on {socket.gethostname()} since 20" in text
+            assert text.endswith("give this run a checkpoint.path of its own, or end that one")
+        assert len(said) == 3
+        assert said[0].endswith("waiting at most 0 s for it to leave")
+        assert process.is_alive()
+
+
+def test_a_killed_holder_is_no_obstacle(tmp_path: Path) -> None:
+    with another(tmp_path) as (process, _):
+        process.kill()
+        process.join()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == process.pid
+        began = time.monotonic()
+        taken(tmp_path).release()
+        assert time.monotonic() - began < 1
+
+
+def test_a_run_that_is_leaving_is_waited_for(tmp_path: Path) -> None:
+    with another(tmp_path) as (_, word):
+        word.send("leave")
+        taken(tmp_path, patience=30).release()
+        assert word.recv() == "left"
+
+
+def elsewhere(folder: Path, beat: int) -> None:
+    """The lease of a run on another machine, whose flock is not seen here."""
+    lease = {"host": "node-7", "pid": 8, "since": "2026-01-01", "machine": "other", "holder": "h", "beat": beat}
+    (folder / LOCK).write_text(json.dumps(lease))
+
+
+def test_a_machine_that_died_is_no_obstacle_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEAD", 0.6)
+    elsewhere(tmp_path, 41)
+    os.utime(tmp_path / LOCK, (1e9, 1e9))  # whatever its file's time is
+    began = time.monotonic()
+    taken(tmp_path).release()
+    assert time.monotonic() - began >= 0.6
+
+
+def test_a_lease_that_can_t_be_read_may_be_somebodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEAD", 0.6)
+    (tmp_path / LOCK).write_text('{"host": "no')
+    began = time.monotonic()
+    taken(tmp_path).release()
+    assert time.monotonic() - began >= 0.6
+
+
+def test_a_run_that_lives_on_another_machine_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where flock ends at the machine."""
+    monkeypatch.setattr(module, "DEAD", 0.6)
+    beat = iter(range(10_000))
+    elsewhere(tmp_path, next(beat))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: elsewhere(tmp_path, next(beat)))
+    with pytest.raises(CheckpointError, match="process 8 on node-7 since 2026-01-01"):
+        taken(tmp_path, 0.2)
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "node-7"
+
+
+def test_a_run_that_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    lock = taken(tmp_path)
+    lock.check()
+    wait_until(lambda: json.loads((tmp_path / LOCK).read_text())["beat"] > 1)
+    elsewhere(tmp_path, 0)
+    with pytest.raises(CheckpointError, match="was taken by another run, process 8 on node-7"):
+        lock.check()
+    lock.release()
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "node-7"  # it is that one's now

@@ -1,0 +1,32 @@
+"""A moment of a start: a phase, by its progress, and a random time into it."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from tests.faults.life import BEGINNING, PHASES, Start
+from tests.faults.scene import STEPS
+
+SHORT = 0.3  # seconds into a phase that the straight run was not seen in: an upload, a save that was fast
+
+
+def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random) -> str:
+    """Wait for the moment; returns the phase that the start is in then, or "ended".
+
+    Args:
+        phase: one of PHASES.
+        longest: seconds that the straight run was in each.
+    """
+    if phase in BEGINNING:
+        later = PHASES[PHASES.index(phase) :]
+        start.wait_for(lambda: start.phase() in later)
+    elif phase == "final write":
+        start.wait_for(lambda: start.phase() == phase)
+    else:
+        start.wait_for(lambda: start.phase() not in BEGINNING)
+        step = dice.randint(start.reached, STEPS - 1)
+        start.wait_for(lambda: start.reached >= step and start.phase() in (phase, "final write"))
+    until = time.monotonic() + dice.uniform(0, longest.get(phase, SHORT))
+    start.wait_for(lambda: time.monotonic() >= until)
+    return start.phase()

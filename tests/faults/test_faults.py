@@ -1,0 +1,36 @@
+"""A few cases of the fault matrix; `make faults` runs all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.__main__ import NAMED, judge
+from tests.faults.life import ENDED
+from tests.faults.scene import Scene, scene
+from tests.faults.table import ROWS
+from tests.process import ROOT
+
+pytestmark = pytest.mark.slow
+
+SEED = 1
+SMALL = [(name, number) for name, row in NAMED.items() for number in row.small]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene(tmp_path_factory.mktemp("faults")) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("name", "number"), SMALL, ids=[f"{name}:{number}" for name, number in SMALL])
+def test_a_run_that_is_broken_ends_as_if_it_had_not_been(shared: Scene, name: str, number: int) -> None:
+    verdict = judge(shared, NAMED[name], number, SEED)
+    assert any(fault.phase != ENDED for fault in verdict.faults)
+
+
+def test_every_row_is_shown_by_something_that_is_there() -> None:
+    for row in ROWS:
+        assert row.case or row.tests, row.fault
+        assert not [name for name in row.tests if not (ROOT / name).is_file()], row.fault

@@ -1,0 +1,169 @@
+"""The story of a run: how a start ended, what counts as a crash in a row, and what restarts have cost, by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrypoint.errors import RunError
+from entrypoint.launch.restarts import Restarts
+from entrypoint.story import STORY, Story, crashes_in_a_row
+
+Line = dict[str, Any]
+
+
+def start(launch: str, at: float = 0, resume: int = 0, **more: Any) -> Line:
+    return {"event": "start", "launch": launch, "time": at, "resume_step": resume, "attempt": 1, **more}
+
+
+def end(launch: str, code: int, **more: Any) -> Line:
+    return {"event": "end", "launch": launch, "code": code, **more}
+
+
+def told(folder: Path, *lines: Line) -> Story:
+    """A ledger of these lines."""
+    text = "".join(json.dumps({"run": "this", "time": 0, "launch": "", **line}) + "\n" for line in lines)
+    (folder / STORY).write_text(text)
+    return Story(folder, "this")
+
+
+def test_how_a_start_ended(tmp_path: Path) -> None:
+    story = told(
+        tmp_path,
+        end("a", 1, node=0, error="ImportError"),  # before it had looked at the checkpoints
+        start("b"),
+        end("b", 76, node=0),
+        end("b1", 137, node=1, error="rank 1 was killed by SIGKILL"),  # another node's launcher
+        start("c"),
+        {"event": "notice", "launch": "c", "step": 3},  # killed while it saved
+        start("d"),
+        end("d", 75),
+        end("d", 75, node=0),
+        end("e", 1, node=0, told=True),  # a crash that a notice made
+        start("f"),
+        end("f", 76, node=0),
+        start("g"),  # cut off
+        start("h"),
+        end("h", 64),
+        start("x") | {"run": "another"},
+    )
+    with (tmp_path / STORY).open("a") as file:
+        file.write('{"event": "start", "ru')
+    hows = ["crash", "crash", "stopped", "stopped", "stopped", "lost", "lost", "refused"]
+    assert [attempt.how for attempt in story.attempts()] == hows
+    story.append("end", code=0)  # a torn line harms neither the one before nor the one after
+    assert [attempt.how for attempt in story.attempts()][-1] == "done"
+
+
+def crash(name: str) -> tuple[Line, Line]:
+    return start(name), end(name, 1, node=0, error=f"error of {name}")
+
+
+def test_crashes_in_a_row(tmp_path: Path) -> None:
+    """A notice between them changes nothing, a newer checkpoint and a refusal end the row, an older one does not."""
+    stop = start("s"), end("s", 75)
+
+    def row(*lines: Line) -> list[str]:
+        return [attempt.error for attempt in crashes_in_a_row(told(tmp_path, *lines).attempts())]
+
+    def saved(step: int) -> Line:
+        return {"event": "saved", "step": step}
+
+    assert row(*crash("a"), *stop, *crash("b")) == ["error of a", "error of b"]
+    assert row(*crash("a"), start("b"), saved(7), end("b", 1, error="later")) == ["later"]
+    again = start("b"), saved(7), end("b", 1, error="b"), start("c"), saved(7), end("c", 1, error="c")
+    assert row(*crash("a"), *again) == ["b", "c"]
+    assert row(*crash("a"), *crash("b"), end("r", 64, node=0), *crash("c")) == ["error of c"]
+
+
+def test_lost_machines_are_a_third_of_a_crash(tmp_path: Path) -> None:
+    lost = [start(str(number)) for number in range(9)]
+    assert Restarts(told(tmp_path, *lost[:8]), 3, None).pause() == (60, "the start was cut off without a word")
+    with pytest.raises(RunError, match="9 starts in a row crashed"):
+        Restarts(told(tmp_path, *lost), 3, None).pause()
+    with pytest.raises(RunError, match="the first: error of a;"):
+        Restarts(told(tmp_path, *crash("a"), *lost[:3], *crash("b")), 3, None).pause()
+    assert Restarts(told(tmp_path, *lost[:2]), 3, 5).pause()[0] == 32  # the environment's count
+    assert Restarts(told(tmp_path, *lost[:2], start("s"), end("s", 75)), 3, 5).pause() == (0.0, "")
+
+
+def test_what_restarts_have_cost(tmp_path: Path) -> None:
+    """Killed at step 9 at 50 s, resumed at 7, there again at 110 s; then told to stop at step 12, and nothing lost."""
+    story = told(
+        tmp_path,
+        start("a", 10),
+        {"event": "ready", "time": 20, "step": 0},
+        {"event": "saved", "step": 7, "bytes": 100, "stall": 0.5, "seconds": 2.0},
+        end("a", 137, node=0, error="rank 0 was killed by SIGKILL"),
+        start("b", 70, resume=7, reached=9, reached_at=50),
+        {"event": "ready", "time": 100, "step": 7},
+        {"event": "caught_up", "time": 110, "step": 9},
+        {"event": "notice", "step": 12},
+        {"event": "saved", "step": 12, "bytes": 100, "stall": 0.25, "seconds": 3.0},
+        end("b", 75),
+        start("c", 200, resume=12, reached=12, reached_at=150),
+        {"event": "ready", "time": 230, "step": 12},
+    )
+    said = story.summary()
+    restarts = said.pop("restarts")
+    assert said == {
+        "starts": 3,
+        "interruptions": 1,
+        "crashes": 1,
+        "lost": 0,
+        "resumes": 2,
+        "steps_repeated": 2,
+        "seconds_lost": {"total": 140.0, "down": 70.0, "starting": 60.0, "repeating": 10.0},
+        "checkpoints": {"count": 2, "bytes": 200, "seconds": 5.0, "stall": 0.75},
+    }
+    assert restarts == [
+        {
+            "how": "crash",
+            "reached": 9,
+            "resumed_at": 7,
+            "steps_repeated": 2,
+            "seconds_lost": {"down": 20.0, "starting": 30.0, "repeating": 10.0},
+        },
+        {
+            "how": "stopped",
+            "reached": 12,
+            "resumed_at": 12,
+            "steps_repeated": 0,
+            "seconds_lost": {"down": 50.0, "starting": 30.0, "repeating": 0.0},
+        },
+    ]
+
+
+def test_a_start_notes_what_the_one_before_it_reached(tmp_path: Path) -> None:
+    first = Story(tmp_path, "this", "a")
+    first.start(resume_step=0, world_size=2, restart_count=None)
+    first.ready(0)
+    for step in range(1, 10):
+        first.reach(step)
+    again = Story(tmp_path, "this", "b")
+    again.start(resume_step=7, world_size=2, restart_count=4)
+    again.ready(7)
+    assert again.metrics()["story/steps_repeated"] == 2
+    again.reach(8)
+    again.reach(9)
+    lines = [json.loads(line) for line in (tmp_path / STORY).read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "ready", "start", "ready", "caught_up"]
+    assert {name: lines[2][name] for name in ("attempt", "reached", "resume_step", "restart_count")} == {
+        "attempt": 2,
+        "reached": 9,
+        "resume_step": 7,
+        "restart_count": 4,
+    }
+
+
+def test_a_ledger_that_cannot_be_written_costs_the_run_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    story = Story(tmp_path / "file", "this")
+    story.append("ready", step=0)
+    story.reach(1)
+    assert capsys.readouterr().err.count("not written") == 1
