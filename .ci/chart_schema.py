@@ -100,8 +100,8 @@ def schema(text: str) -> dict[str, Any]:
 
 
 def _group(node: yaml.MappingNode, lines: list[str], path: tuple[str, ...]) -> dict[str, Any]:
-    properties = {}
-    required = []
+    properties: dict[str, Any] = {}
+    required: list[str] = []
     for key, value in node.value:
         here = (*path, key.value)
         if here == (TRAINING,):

@@ -26,38 +26,13 @@ SMOKE = ROOT / "values/cpu-smoke.yaml"
 MOUNT = "/checkpoints/"  # the chart lets a run write nowhere else
 WRITTEN = ("checkpoint.path", "data.cache_path", "model.cache_path", "output.path")
 # Text that YAML, Go's templates, a shell or a reader of columns could take for something else; the trainer takes it.
-TRICKY = [
-    *("yes", "no", "on", "off", "y", "n", "true", "null", "~", "1", "1e-07", "0x1F", "012", "1_000", "2026-11-01"),
-    *('"', "'", "''", '"quoted"', "it's", "a: b", "a #b", "- a", "* a", "&a", "!a", "%a", "@a", "`a`", "| a", "> a"),
-    *(
-        "{{ .Values.x }}",
-        "{{",
-        "}}",
-        "{{- fail `x` -}}",
-        "{a}",
-        "[a]",
-        "a, b",
-        "$HOME",
-        "$(id)",
-        "$",
-        "<b>&amp;",
-        "---",
-    ),
-    *(
-        r"a\nb",
-        "\\",
-        "\\\\",
-        "%s %d",
-        "ünï",
-        "日本語",
-        "🚀",
-        "e\u0301",
-        "\u200b",
-        "a\u00a0b",
-        "\ufeffa",
-        "a" * 3000,
-    ),
-]
+WORDS = r"""
+    yes no on off y n True null Null ~ 1 +1 1e-07 1e3 1.e3 .5 0. .inf .NaN 0x1F 0o17 0b1 012 1_000 1:30 -1:30.5
+    2026-11-01 2026-11-01T10:00:00Z - ? : , -- --- ... ' '' " "" \ \\ \n ! !!str & * @ ` % # | > $ $HOME $(id) [a] {a}
+    it's "a" a: a# *a &a %a @a `a` %s <b>&amp; {{ }} {{.Values.nodes}} {{-fail`x`-}} ünï 日本語 🚀
+"""
+PHRASES = ["a: b", "a #b", "- a", "? a", "!a b", "| a", "a, b", "a\u00a0b", "\u200b", "\ufeffa", "e\u0301", "a" * 3000]
+TRICKY = [*WORDS.split(), *PHRASES]
 # Text that it refuses, or that is OmegaConf's; Helm hands it on unchanged all the same.
 AWKWARD = [" a", "a ", " ", "none", "${", "${x}", "${x"]
 # Characters that Helm's YAML loses or changes.
