@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
+
+import psutil
 
 from tests.faults.life import BEGINNING, PHASES, Start
 from tests.faults.scene import STEPS
@@ -18,6 +21,8 @@ def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random
         phase: one of PHASES.
         longest: seconds that the straight run was in each.
     """
+    if phase == "start" and start.real:
+        return importing(start, dice)
     if phase in BEGINNING:
         later = PHASES[PHASES.index(phase) :]
         start.wait_for(lambda: start.phase() in later)
@@ -29,4 +34,18 @@ def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random
         start.wait_for(lambda: start.reached >= step and start.phase() in (phase, "final write"))
     until = time.monotonic() + dice.uniform(0, longest.get(phase, SHORT))
     start.wait_for(lambda: time.monotonic() >= until)
+    return start.phase()
+
+
+def importing(start: Start, dice: random.Random) -> str:
+    """A moment of the imports of a real start, by what the rank has computed: how long they take is the machine's."""
+    enough = dice.uniform(0, start.life.zygote.cpu)
+
+    def computed() -> bool:
+        with suppress(psutil.Error):
+            times = [rank.cpu_times() for rank in start.ranks()[:1]]
+            return sum(each.user + each.system for each in times) >= enough or start.phase() != "start"
+        return False
+
+    start.wait_for(computed)
     return start.phase()

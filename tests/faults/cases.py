@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,14 +37,15 @@ def kill(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
-        for index, phase in enumerate(moments(life, dice)):
-            real = index == 0 and number % REAL_EVERY == 0 and not shape.fsdp
-            start = life.start(real=real)
-            longest = {**straight.seconds, **({"start": scene.zygote.seconds} if real else {})}
+        real = number % REAL_EVERY == 0 and not shape.fsdp
+        for index, phase in enumerate(moments(life, dice, real=real)):
+            start = life.start(real=real and index == 0)
             what = dice.choice(("machine", "machine", "rank"))
-            fault = strike(start, phase, longest, dice, kill_rank if what == "rank" else lose, what)
+            fault = strike(start, phase, straight.seconds, dice, kill_rank if what == "rank" else lose, what)
             fault.how = CRASH if what == "rank" else LOST
             verdict.faults.append(fault)
+            if start.done:
+                break
         if life.words.get("checkpoint.mirror") and dice.random() < 0.5:
             from_the_mirror(life, straight.ended)
         else:
@@ -85,14 +85,15 @@ def term(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
-        for index, phase in enumerate(moments(life, dice)):
-            real = index == 0 and number % REAL_EVERY == 0 and not shape.fsdp
-            start = life.start(real=real)
-            longest = {**straight.seconds, **({"start": scene.zygote.seconds} if real else {})}
+        real = number % REAL_EVERY == 0 and not shape.fsdp
+        for index, phase in enumerate(moments(life, dice, real=real)):
+            start = life.start(real=real and index == 0)
             what = dice.choice((*TOLD,))
-            fault = strike(start, phase, longest, dice, TOLD[what], what)
+            fault = strike(start, phase, straight.seconds, dice, TOLD[what], what)
             fault.repeat = 1
             verdict.faults.append(fault)
+            if start.done:
+                break
         finish(life, straight.ended, verdict)
     return verdict
 
@@ -316,10 +317,13 @@ def clock(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
 # What they share -----------------------------------------------------------------------------------------------------
 
 
-def moments(life: Life, dice: random.Random) -> list[str]:
-    """BREAKS phases in the order in which a run that is started again comes through them."""
+def moments(life: Life, dice: random.Random, *, real: bool) -> list[str]:
+    """BREAKS phases in the order in which a run that is started again comes through them.
+
+    A `real` first start is broken in its imports: that is what the others don't have.
+    """
     phases = [phase for phase in PHASES if phase != "upload" or "checkpoint.mirror" in life.words]
-    chosen = dice.choices(phases, k=BREAKS)
+    chosen = ["start"] * real + dice.choices(phases, k=BREAKS - real)
     return sorted(chosen, key=lambda phase: min(PHASES.index(phase), PHASES.index("step")) + (phase == "final write"))
 
 
@@ -342,7 +346,7 @@ def strike(start: Start, phase: str, longest: dict[str, float], dice: random.Ran
         # Training goes on while a checkpoint is written: one that was under way is lost too.
         repeat=2 * SAVE_EVERY,
         seconds=seconds,
-        real=isinstance(start.process, subprocess.Popen),
+        real=start.real,
     )
 
 
