@@ -8,14 +8,14 @@ from contextlib import suppress
 
 import psutil
 
-from tests.faults.life import BEGINNING, PHASES, Start
+from tests.faults.life import BEGINNING, COURSE, PHASES, Start
 from tests.faults.scene import STEPS
 
 SHORT = 0.3  # seconds into a phase that the straight run was not seen in: an upload, a save that was fast
 
 
 def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random) -> str:
-    """Wait for the moment; returns the phase that the start is in then, or "ended".
+    """Wait for the moment; returns the phase that the start is in then: a later one, or "ended", where it was fast.
 
     Args:
         phase: one of PHASES.
@@ -24,16 +24,18 @@ def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random
     if phase == "start" and start.real:
         return importing(start, dice)
     if phase in BEGINNING:
-        later = PHASES[PHASES.index(phase) :]
-        start.wait_for(lambda: start.phase() in later)
+        here: tuple[str, ...] = (phase,)
+        start.wait_for(lambda: start.phase() not in PHASES[: PHASES.index(phase)])
     elif phase == "final write":
+        here = (phase,)
         start.wait_for(lambda: start.phase() == phase)
     else:
+        here = COURSE
         start.wait_for(lambda: start.phase() not in BEGINNING)
         step = dice.randint(start.reached, STEPS - 1)
         start.wait_for(lambda: start.reached >= step and start.phase() in (phase, "final write"))
     until = time.monotonic() + dice.uniform(0, longest.get(phase, SHORT))
-    start.wait_for(lambda: time.monotonic() >= until)
+    start.wait_for(lambda: time.monotonic() >= until or start.phase() not in here)
     return start.phase()
 
 
