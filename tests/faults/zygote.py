@@ -31,6 +31,8 @@ from tests.process import ROOT, scrubbed
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 FORK_SAFE = "jemalloc_bg_thd"  # of pyarrow; jemalloc stops and starts it around a fork
 LIBRARIES = (
+    "entrypoint.__main__",
+    "entrypoint.command",
     "entrypoint.run",
     "accelerate.utils.fsdp_utils",
     "fsspec.implementations.local",
