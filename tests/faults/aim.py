@@ -14,12 +14,13 @@ from tests.faults.scene import STEPS
 SHORT = 0.3  # seconds into a phase that the straight run was not seen in: an upload, a save that was fast
 
 
-def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random) -> str:
+def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random, last: int = STEPS - 1) -> str:
     """Wait for the moment; returns the phase that the start is in then: a later one, or "ended", where it was fast.
 
     Args:
         phase: one of PHASES.
         longest: seconds that the straight run was in each.
+        last: the step that is waited for at most.
     """
     if phase == "start" and start.real:
         return importing(start, dice)
@@ -32,7 +33,7 @@ def aim(start: Start, phase: str, longest: dict[str, float], dice: random.Random
     else:
         here = COURSE
         start.wait_for(lambda: start.phase() not in BEGINNING)
-        step = dice.randint(start.reached, STEPS - 1)
+        step = dice.randint(min(start.reached, last), last)
         start.wait_for(lambda: start.reached >= step and start.phase() in (phase, "final write"))
     until = time.monotonic() + dice.uniform(0, longest.get(phase, SHORT))
     start.wait_for(lambda: time.monotonic() >= until or start.phase() not in here)

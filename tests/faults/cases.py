@@ -185,7 +185,7 @@ def world(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     start = life.start()
     told_ = dice.random() < 0.5
     what = dice.choice((*TOLD,)) if told_ else "machine"
-    fault = strike(start, "step", straight.seconds, dice, TOLD[what] if told_ else lose, what)
+    fault = strike(start, "step", straight.seconds, dice, TOLD[what] if told_ else lose, what, last=STEPS // 2)
     fault.how = STOPPED if told_ else LOST
     verdict.faults.append(fault)
     finish(life, straight.ended, verdict, ranks=others)
@@ -297,7 +297,9 @@ def clock(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     straight = scene.straight(shape)
     life = scene.life(name, shape)
     verdict.faults.append(
-        strike(life.start(), "save", straight.seconds, dice, lose, ("set back", "new times")[number % 2])
+        strike(
+            life.start(), "save", straight.seconds, dice, lose, ("set back", "new times")[number % 2], last=STEPS // 2
+        )
     )
     verdict.faults[0].how = LOST
     files = sorted(life.checkpoints.rglob("*"), reverse=True)  # the oldest step becomes the newest file
@@ -326,9 +328,18 @@ def moments(life: Life, dice: random.Random, *, real: bool) -> list[str]:
     return sorted(chosen, key=lambda phase: min(PHASES.index(phase), PHASES.index("step")) + (phase == "final write"))
 
 
-def strike(start: Start, phase: str, longest: dict[str, float], dice: random.Random, hit: Hit, what: str) -> Broken:
-    """Break a start at a moment and wait for its end; "ended" where the run was faster."""
-    at = aim(start, phase, longest, dice)
+def strike(
+    start: Start,
+    phase: str,
+    longest: dict[str, float],
+    dice: random.Random,
+    hit: Hit,
+    what: str,
+    *,
+    last: int = STEPS - 1,
+) -> Broken:
+    """Break a start at a moment (see `aim`) and wait for its end; "ended" where the run was faster."""
+    at = aim(start, phase, longest, dice, last)
     begun = time.monotonic()
     codes: tuple[int, ...] = (0,) if at == ENDED else hit(start, dice)
     ended = start.end()
