@@ -141,7 +141,8 @@ class Watch:
         if leaving.code == EXIT_LOST or os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):
                 os.write(2, f"entrypoint: {leaving.why}\n".encode())
-        report(Verdict(leaving.code, hold=not self._stop, error=leaving.why if leaving.code == EXIT_LOST else ""))
+        error = leaving.why if leaving.code == EXIT_LOST else ""
+        report(Verdict(leaving.code, hold=not self._stop, error=error, alone=self.peers is None))
         with contextlib.suppress(Exception):
             self.last_words(leaving.code)
         leave(leaving.code, TIDY)

@@ -264,6 +264,15 @@ def test_sigterm_before_a_rank_can_catch_it_is_a_stop_not_a_crash(launch: Launch
     assert end(process)[0] == 75
 
 
+@pytest.mark.parametrize("word", ["alone", "crash=75"])
+def test_a_notice_to_one_rank_before_the_ranks_have_met_is_one_to_all(
+    launch: Launch, tmp_path: Path, word: str
+) -> None:
+    """The others can't know: they would wait for it until the time-out, and call it lost."""
+    process = launch("0:catch,until=TERM,exit=75", f"1:wait=ready.0,{word}", ranks=2, patience=1000.0)
+    assert end(process)[0] == 75
+
+
 def test_ranks_that_do_not_leave_within_the_grace_are_killed(launch: Launch, tmp_path: Path) -> None:
     process = launch("0:catch,wait=never", "1:catch,until=TERM,exit=75", ranks=2, grace="0.5")
     files(tmp_path, "ready.0", "ready.1")

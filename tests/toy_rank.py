@@ -9,6 +9,7 @@ Every rank first writes FOLDER/started.RANK with its pid and environment. Then i
     ignore=NAME  ignore that signal                       wait=FILE wait for FOLDER/FILE
     touch=FILE   write FOLDER/FILE                        print=S, complain=S   a line on stdout, stderr
     flood=N      N long lines on stdout                   child     a child of its own; its pid goes to child.RANK
+    alone        75, before the ranks had met
     orphan       a grandchild whose parent leaves at once; it lives until FOLDER/orphan-may-leave is there
 """
 
@@ -55,6 +56,9 @@ def act(folder: Path, word: str, value: str) -> None:
             sys.exit(int(value))
         case "hold":
             report(Verdict(75, hold=True))
+            sys.exit(75)
+        case "alone":
+            report(Verdict(75, alone=True))
             sys.exit(75)
         case "fail":
             report(Verdict(1, error=value))

@@ -190,8 +190,9 @@ class _Gang:
             by = f"was killed by {signal.Signals(-how).name}" if how < 0 else f"ended with {code}"
             self.verdicts.append(Verdict(code, error=f"rank {rank.rank} {by}"))
         verdict = self.verdicts[-1]
-        unasked = rank.reported is None and verdict.code == EXIT_STOPPED  # the others can't agree with it on a step
-        if (verdict.code not in (EXIT_DONE, EXIT_STOPPED) or unasked) and self._deadline is None and self.running:
+        if verdict.code == EXIT_STOPPED and (rank.reported is None or verdict.alone) and self.running:
+            self.forward(signal.SIGTERM)  # they would wait for it until the time-out, and call it lost
+        if verdict.code not in (EXIT_DONE, EXIT_STOPPED) and self._deadline is None and self.running:
             if rank.reported is None:  # else its own line says why, and is to be the log's last
                 _say(f"rank {rank.rank} ended with {code}; the others get {self._patience:g} s to leave")
             self._deadline = time.monotonic() + self._patience

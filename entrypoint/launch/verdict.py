@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
 from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_REFUSED, EXIT_STOPPED
@@ -26,12 +26,14 @@ class Verdict:
     Attributes:
         code: the exit code.
         hold: with 75: another node was told to stop, this one was not, so it is to leave later.
+        alone: with 75: it left before the ranks had met, so the others don't know.
         error: one line, where the code is a crash's.
     """
 
     code: int
     hold: bool = False
     error: str = ""
+    alone: bool = False
 
     @property
     def crashed(self) -> bool:
@@ -51,7 +53,7 @@ def report(verdict: Verdict) -> None:
     descriptor = os.environ.pop(VERDICT_VARIABLE, None)
     if descriptor is None or "WORLD_SIZE" not in os.environ:
         return
-    said = json.dumps(asdict(Verdict(verdict.code, verdict.hold, verdict.error[:500])))
+    said = json.dumps(asdict(replace(verdict, error=verdict.error[:500])))
     with contextlib.suppress(OSError, ValueError):
         if stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode):
             os.write(int(descriptor), f"{said}\n".encode())

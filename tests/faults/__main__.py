@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from xml.etree import ElementTree
 
 from tests.faults.judge import Verdict
 from tests.faults.life import ENDED, PHASES
@@ -80,13 +81,13 @@ def main(argv: Sequence[str]) -> int:
 
         for done in [pool.submit(one, row, number) for row, number in todo]:
             done.result()
+    report(tallies, options.seed, time.monotonic() - begun)
     failed = [case for tally in tallies.values() for case in tally.failed]
+    print(f"{len(failed)} failed: {' '.join(failed)}; see {folder}" if failed else "all judged equal", flush=True)
+    code = run_tests(folder) if options.tests else 0
     if not failed:
         shutil.rmtree(folder)
-    report(tallies, options.seed, time.monotonic() - begun)
-    print(f"{len(failed)} failed: {' '.join(failed)}; see {folder}" if failed else "all judged equal")
-    code = 1 if failed else 0
-    return code or (run_tests() if options.tests else 0)
+    return 1 if failed else code
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -122,10 +123,20 @@ def report(tallies: dict[str, Tally], seed: int, seconds: float) -> None:
         print(f"| {name} | {len(tally.verdicts)} | {number} | {where} | {steps} | {ended} | {len(tally.failed)} |")
 
 
-def run_tests() -> int:
-    """The suite's tests that show rows."""
-    files = sorted({file for row in ROWS for file in row.tests})
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], check=False).returncode
+def run_tests(folder: Path) -> int:
+    """The suite's tests that show rows, and how many of each passed."""
+    tests = sorted({test for row in ROWS for test in row.tests})
+    said = folder / "tests.xml"
+    code = subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={said}", *tests], check=False).returncode
+    passed = Counter(
+        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name', '').partition('[')[0]}"
+        for case in ElementTree.parse(said).iter("testcase")
+        if case.find("failure") is None and case.find("error") is None
+    )
+    print("\n| row | tests passed |\n|---|---|")
+    for row in ROWS:
+        print(f"| {row.fault} | {sum(passed[test] for test in row.tests)} |")
+    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from tests.e2e.runs import Ended
 from tests.faults.aim import aim
 from tests.faults.judge import CRASH, LOST, STOPPED, Broken, Verdict, Wrong, check, exact, finish, told
 from tests.faults.life import COURSE, ENDED, PHASES, Life, Start
-from tests.faults.scene import SAVE_EVERY, SHAPES, TIMEOUT, Scene, Shape
+from tests.faults.scene import SAVE_EVERY, SHAPES, STEPS, TIMEOUT, Scene, Shape
 from tests.servers.faults import FAULTS, HOLE, FaultProxy, fault_proxy
 
 BREAKS = 3  # faults in the life of one run
@@ -38,14 +37,15 @@ def kill(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
-        for index, phase in enumerate(moments(life, dice)):
-            real = index == 0 and number % REAL_EVERY == 0 and not shape.fsdp
-            start = life.start(real=real)
-            longest = {**straight.seconds, **({"start": scene.zygote.seconds} if real else {})}
+        real = number % REAL_EVERY == 0 and not shape.fsdp
+        for index, phase in enumerate(moments(life, dice, real=real)):
+            start = life.start(real=real and index == 0)
             what = dice.choice(("machine", "machine", "rank"))
-            fault = strike(start, phase, longest, dice, kill_rank if what == "rank" else lose, what)
+            fault = strike(start, phase, straight.seconds, dice, kill_rank if what == "rank" else lose, what)
             fault.how = CRASH if what == "rank" else LOST
             verdict.faults.append(fault)
+            if start.done:
+                break
         if life.words.get("checkpoint.mirror") and dice.random() < 0.5:
             from_the_mirror(life, straight.ended)
         else:
@@ -72,9 +72,8 @@ def from_the_mirror(life: Life, straight: Ended) -> None:
     ended = start.end()
     check(ended.code, (0,), start, ended)
     resumed = [line for line in ended.out.splitlines() if line.startswith("resuming from ")]
-    if (life.out / "run.json").exists() and not ended.lines:  # it was done already
-        return
-    exact(ended, straight, since=int(resumed[0].rpartition("step-")[2]) + 1 if resumed else 0)
+    since = int(resumed[0].rpartition("step-")[2]) + 1 if resumed else 0
+    exact(ended, straight, since=since if ended.lines else STEPS + 1)  # none: it was done before the disk was lost
 
 
 # SIGTERM -------------------------------------------------------------------------------------------------------------
@@ -85,14 +84,15 @@ def term(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
-        for index, phase in enumerate(moments(life, dice)):
-            real = index == 0 and number % REAL_EVERY == 0 and not shape.fsdp
-            start = life.start(real=real)
-            longest = {**straight.seconds, **({"start": scene.zygote.seconds} if real else {})}
+        real = number % REAL_EVERY == 0 and not shape.fsdp
+        for index, phase in enumerate(moments(life, dice, real=real)):
+            start = life.start(real=real and index == 0)
             what = dice.choice((*TOLD,))
-            fault = strike(start, phase, longest, dice, TOLD[what], what)
+            fault = strike(start, phase, straight.seconds, dice, TOLD[what], what)
             fault.repeat = 1
             verdict.faults.append(fault)
+            if start.done:
+                break
         finish(life, straight.ended, verdict)
     return verdict
 
@@ -185,7 +185,7 @@ def world(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     start = life.start()
     told_ = dice.random() < 0.5
     what = dice.choice((*TOLD,)) if told_ else "machine"
-    fault = strike(start, "step", straight.seconds, dice, TOLD[what] if told_ else lose, what)
+    fault = strike(start, "step", straight.seconds, dice, TOLD[what] if told_ else lose, what, last=STEPS // 2)
     fault.how = STOPPED if told_ else LOST
     verdict.faults.append(fault)
     finish(life, straight.ended, verdict, ranks=others)
@@ -297,7 +297,9 @@ def clock(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     straight = scene.straight(shape)
     life = scene.life(name, shape)
     verdict.faults.append(
-        strike(life.start(), "save", straight.seconds, dice, lose, ("set back", "new times")[number % 2])
+        strike(
+            life.start(), "save", straight.seconds, dice, lose, ("set back", "new times")[number % 2], last=STEPS // 2
+        )
     )
     verdict.faults[0].how = LOST
     files = sorted(life.checkpoints.rglob("*"), reverse=True)  # the oldest step becomes the newest file
@@ -316,16 +318,28 @@ def clock(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
 # What they share -----------------------------------------------------------------------------------------------------
 
 
-def moments(life: Life, dice: random.Random) -> list[str]:
-    """BREAKS phases in the order in which a run that is started again comes through them."""
+def moments(life: Life, dice: random.Random, *, real: bool) -> list[str]:
+    """BREAKS phases in the order in which a run that is started again comes through them.
+
+    A `real` first start is broken in its imports: that is what the others don't have.
+    """
     phases = [phase for phase in PHASES if phase != "upload" or "checkpoint.mirror" in life.words]
-    chosen = dice.choices(phases, k=BREAKS)
+    chosen = ["start"] * real + dice.choices(phases, k=BREAKS - real)
     return sorted(chosen, key=lambda phase: min(PHASES.index(phase), PHASES.index("step")) + (phase == "final write"))
 
 
-def strike(start: Start, phase: str, longest: dict[str, float], dice: random.Random, hit: Hit, what: str) -> Broken:
-    """Break a start at a moment and wait for its end; "ended" where the run was faster."""
-    at = aim(start, phase, longest, dice)
+def strike(
+    start: Start,
+    phase: str,
+    longest: dict[str, float],
+    dice: random.Random,
+    hit: Hit,
+    what: str,
+    *,
+    last: int = STEPS - 1,
+) -> Broken:
+    """Break a start at a moment (see `aim`) and wait for its end; "ended" where the run was faster."""
+    at = aim(start, phase, longest, dice, last)
     begun = time.monotonic()
     codes: tuple[int, ...] = (0,) if at == ENDED else hit(start, dice)
     ended = start.end()
@@ -342,7 +356,7 @@ def strike(start: Start, phase: str, longest: dict[str, float], dice: random.Ran
         # Training goes on while a checkpoint is written: one that was under way is lost too.
         repeat=2 * SAVE_EVERY,
         seconds=seconds,
-        real=isinstance(start.process, subprocess.Popen),
+        real=start.real,
     )
 
 

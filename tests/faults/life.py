@@ -127,6 +127,11 @@ class Start:
         return "save" if any(name.startswith("step-") and name.endswith(".partial") for name in names) else "step"
 
     @property
+    def real(self) -> bool:
+        """Whether it is the command that runs, not a fork."""
+        return isinstance(self.process, subprocess.Popen)
+
+    @property
     def known(self) -> bool:
         """Whether it has looked at the checkpoints: the story knows of it."""
         return self.life.events("start") > self.begun.starts

@@ -31,6 +31,8 @@ from tests.process import ROOT, scrubbed
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 FORK_SAFE = "jemalloc_bg_thd"  # of pyarrow; jemalloc stops and starts it around a fork
 LIBRARIES = (
+    "entrypoint.__main__",
+    "entrypoint.command",
     "entrypoint.run",
     "accelerate.utils.fsdp_utils",
     "fsspec.implementations.local",
@@ -72,6 +74,7 @@ def serve(model: Path) -> None:
     _die_with_parent(signal.SIGKILL)
     for name in LIBRARIES:
         __import__(name)
+    imported = time.process_time()
     if not (maker := os.fork()):  # it computes, which makes threads
         from tests.tiny import tiny_model
 
@@ -80,7 +83,7 @@ def serve(model: Path) -> None:
         os._exit(0)
     os.waitpid(maker, 0)
     threads = [Path(f"/proc/self/task/{name}/comm").read_text().strip() for name in os.listdir("/proc/self/task")]
-    _reply({"ready": sorted({*threads[1:]} - {FORK_SAFE})})
+    _reply({"threads": sorted({*threads[1:]} - {FORK_SAFE}), "cpu": imported})
     running: set[int] = set()
     rest = b""
     while True:
@@ -260,14 +263,13 @@ class Zygote:
         model: where it makes the tiny model.
 
     Attributes:
-        seconds: that its imports took: what a real start takes too.
+        cpu: seconds of a core that its imports took: what those of a real start take too.
     """
 
     def __init__(self, model: Path) -> None:
         self._asking, self._replied = threading.Lock(), threading.Semaphore(0)
         self._pids: list[int] = []
         self._running: dict[int, Forked] = {}
-        begun = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote", str(model)],
             env=scrubbed(),
@@ -278,9 +280,9 @@ class Zygote:
         )
         assert self._process.stdout is not None
         ready = json.loads(self._process.stdout.readline())
-        if ready["ready"]:
-            raise RuntimeError(f"the zygote has threads after its imports ({ready['ready']}): no fork of it is safe")
-        self.seconds = time.monotonic() - begun
+        if ready["threads"]:
+            raise RuntimeError(f"the zygote has threads after its imports ({ready['threads']}): no fork of it is safe")
+        self.cpu: float = ready["cpu"]
         threading.Thread(target=self._read, name="zygote", daemon=True).start()
 
     def start(self, request: Request) -> Forked:
