@@ -57,7 +57,8 @@ class Api:
         Raises:
             ApiError: with status 404 where there is none.
         """
-        return self.request("GET", self.path(resource, namespace, name))
+        found: Object = self.request("GET", self.path(resource, namespace, name))
+        return found
 
     def find(self, resource: str, name: str, namespace: str | None = None) -> Object | None:
         """One object, or None."""
@@ -70,24 +71,27 @@ class Api:
 
     def list(self, resource: str, namespace: str | None = None, labels: str = "") -> list[Object]:
         """All objects of a resource, of one namespace or of all."""
-        found = self.request("GET", self.path(resource, namespace) + _query(labelSelector=labels))
-        return found["items"]
+        found: list[Object] = self.request("GET", self.path(resource, namespace) + _query(labelSelector=labels))[
+            "items"
+        ]
+        return found
 
     def create(
         self, resource: str, body: Object, namespace: str | None = None, *, sub: tuple[str, str] = ("", "")
     ) -> Object:
         """Create an object, or with `sub=(name, subresource)` call an object's subresource."""
         name, subresource = sub
-        return self.request("POST", self.path(resource, namespace, name, subresource), body)
+        made: Object = self.request("POST", self.path(resource, namespace, name, subresource), body)
+        return made
 
     def apply(self, manifest: Object, namespace: str = "default") -> Object:
         """Server-side apply of a whole manifest; `namespace` counts where it names none and its kind wants one."""
         resource, namespaced = self._resource(manifest["apiVersion"], manifest["kind"])
         place = manifest["metadata"].get("namespace", namespace) if namespaced else None
         path = self.path(resource, place, manifest["metadata"]["name"])
-        return self.request(
-            "PATCH", path + _query(fieldManager=FIELD_MANAGER, force="true"), manifest, "application/apply-patch+yaml"
-        )
+        query = _query(fieldManager=FIELD_MANAGER, force="true")
+        applied: Object = self.request("PATCH", path + query, manifest, "application/apply-patch+yaml")
+        return applied
 
     def patch(
         self,
@@ -101,7 +105,9 @@ class Api:
     ) -> Object:
         """Merge `body` into an object, or into its subresource `sub`; `strategic` merges lists by their keys."""
         kind = "strategic-merge-patch" if strategic else "merge-patch"
-        return self.request("PATCH", self.path(resource, namespace, name, sub), body, f"application/{kind}+json")
+        path = self.path(resource, namespace, name, sub)
+        patched: Object = self.request("PATCH", path, body, f"application/{kind}+json")
+        return patched
 
     def delete(self, resource: str, name: str, namespace: str | None = None, **options: Any) -> None:
         """Ask for an object's deletion, with `DeleteOptions`; that it is gone already is no error."""

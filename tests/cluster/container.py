@@ -17,10 +17,12 @@ from tests.cluster.api import Object
 from tests.cluster.network import end_with_parent
 from tests.process import ROOT
 
+TREE = Path(os.environ.get("CLUSTER_TREE", ROOT))  # another work tree to test, with its own .venv
+
 # What stands in for the image: its files (read-only in the container), its environment and its user.
-IMAGE = (str(ROOT), sys.base_prefix)
+IMAGE = (str(TREE), sys.base_prefix)
 IMAGE_ENVIRONMENT = {
-    "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": f"{TREE}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/",
     "LANG": "C.UTF-8",
 }

@@ -12,7 +12,7 @@ Data = Callable[[str, str, bool], Mapping[str, bytes]]  # (configmaps or secrets
 
 
 def environment(pod: Object, container: Object, address: str, base: Mapping[str, str], data: Data) -> dict[str, str]:
-    """`base` (the image's and the cluster's own variables), then `envFrom`, then `env`, later ones over earlier ones."""
+    """`base` (the image's and the cluster's own variables), then `envFrom`, then `env`: the later over the earlier."""
     result = dict(base)
     for source in container.get("envFrom", []):
         for kind, reference in (("configmaps", source.get("configMapRef")), ("secrets", source.get("secretRef"))):

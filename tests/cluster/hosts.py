@@ -16,7 +16,7 @@ class Hosts:
     def __init__(self, folder: Path, api_server: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._fixed = [f"127.0.0.1 localhost", f"{api_server} kubernetes.default.svc kubernetes.default kubernetes"]
+        self._fixed = ["127.0.0.1 localhost", f"{api_server} kubernetes.default.svc kubernetes.default kubernetes"]
         self._pods: dict[str, tuple[str, list[str]]] = {}  # address: (namespace, names)
         self._lock = threading.Lock()
         self.no_servers = folder / "resolv.conf"  # a name that stands in no hosts file fails at once

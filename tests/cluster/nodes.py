@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from tests.cluster.api import Api, ApiError, Object
 from tests.cluster.container import now
@@ -67,7 +68,7 @@ class Nodes:
     def _renew(self) -> None:
         while True:
             for name, node in list(self._alive.items()):
-                self._quietly(lambda name=name, node=node: self._lease(name, node))
+                self._quietly(partial(self._lease, name, node))
             threading.Event().wait(HEARTBEAT)
 
     def _lease(self, name: str, node: Object) -> None:

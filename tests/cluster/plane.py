@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib import request
 
@@ -149,8 +150,8 @@ def _define(api: Api, definitions: list[Object]) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(api.apply, definitions))
-    for definition in definitions:
-        until(lambda name=definition["metadata"]["name"]: established(name), 60, definition["metadata"]["name"])
+    for name in [definition["metadata"]["name"] for definition in definitions]:
+        until(partial(established, name), 60, f"{name} established")
 
 
 def until(condition: Callable[[], object], seconds: float, what: str) -> None:

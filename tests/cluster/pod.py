@@ -35,7 +35,7 @@ class Machine:
     def logs(self, pod: Object) -> Path:
         """Where the logs of a pod's containers lie; they stay when the pod has gone."""
         metadata = pod["metadata"]
-        return self.folder / "pods" / metadata["namespace"] / f"{metadata['name']}-{metadata['uid'][:8]}"
+        return self.folder / f"pods/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
 
 
 class Stopped(Exception):

@@ -24,11 +24,12 @@ DEFINITIONS = {
 }
 
 CONTROLLERS = (
-    "namespace-controller serviceaccount-controller serviceaccount-token-controller root-ca-certificate-publisher-controller "
-    "garbage-collector-controller pod-garbage-collector-controller node-lifecycle-controller taint-eviction-controller "
-    "job-controller ttl-after-finished-controller resourcequota-controller endpointslice-controller "
-    "deployment-controller replicaset-controller clusterrole-aggregation-controller persistentvolume-binder-controller "
-    "persistentvolume-protection-controller persistentvolumeclaim-protection-controller"
+    "namespace-controller serviceaccount-controller serviceaccount-token-controller "
+    "root-ca-certificate-publisher-controller garbage-collector-controller pod-garbage-collector-controller "
+    "node-lifecycle-controller taint-eviction-controller job-controller ttl-after-finished-controller "
+    "resourcequota-controller endpointslice-controller deployment-controller replicaset-controller "
+    "clusterrole-aggregation-controller persistentvolume-binder-controller persistentvolume-protection-controller "
+    "persistentvolumeclaim-protection-controller"
 )
 
 

@@ -1,4 +1,4 @@
-"""Volcano's admission webhooks, registered by URL: its chart registers them by Service, which needs a cluster network."""
+"""Volcano's admission webhooks, registered by URL; its chart does it by Service, which needs a cluster network."""
 
 from __future__ import annotations
 
