@@ -145,11 +145,11 @@ def _start_kubelet(plane: Plane, start: Callable[..., None]) -> None:
 def _define(api: Api, definitions: list[Object]) -> None:
     def established(name: str) -> bool:
         found = api.get("customresourcedefinitions.apiextensions.k8s.io", name)
-        conditions = found.get("status", {}).get("conditions", [])
+        conditions = found.get("status", {}).get("conditions") or []
         return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(api.apply, definitions))
+        list(pool.map(partial(api.create, "customresourcedefinitions.apiextensions.k8s.io"), definitions))
     for name in [definition["metadata"]["name"] for definition in definitions]:
         until(partial(established, name), 60, f"{name} established")
 

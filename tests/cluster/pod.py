@@ -53,7 +53,7 @@ class Pod(threading.Thread):
         self._folder = machine.folder / "run" / pod["metadata"]["uid"]
         self._inits = self._containers("initContainers")
         self._mains = self._containers("containers")
-        self._started = now()
+        self._start_time = now()
         self._address = ""
         self._deadline: float | None = None  # when what still runs is killed
         self._silent = False  # the machine is dead: nothing is reported any more
@@ -171,7 +171,7 @@ class Pod(threading.Thread):
             "hostIP": self.machine.network.gateway,
             "podIP": self._address,
             "podIPs": [{"ip": self._address}] if self._address else [],
-            "startTime": self._started,
+            "startTime": self._start_time,
             "initContainerStatuses": [container.status() for container in self._inits],
             "containerStatuses": [container.status() for container in self._mains],
             "conditions": [
