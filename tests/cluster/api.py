@@ -84,12 +84,12 @@ class Api:
         made: Object = self.request("POST", self.path(resource, namespace, name, subresource), body)
         return made
 
-    def apply(self, manifest: Object, namespace: str = "default") -> Object:
+    def apply(self, manifest: Object, namespace: str = "default", *, dry_run: bool = False) -> Object:
         """Server-side apply of a whole manifest; `namespace` counts where it names none and its kind wants one."""
         resource, namespaced = self._resource(manifest["apiVersion"], manifest["kind"])
         place = manifest["metadata"].get("namespace", namespace) if namespaced else None
         path = self.path(resource, place, manifest["metadata"]["name"])
-        query = _query(fieldManager=FIELD_MANAGER, force="true")
+        query = _query(fieldManager=FIELD_MANAGER, force="true", dryRun="All" if dry_run else "")
         applied: Object = self.request("PATCH", path + query, manifest, "application/apply-patch+yaml")
         return applied
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cluster.events import what_happened
 from tests.cluster.plane import Plane, start_plane, until
+from tests.cluster.platform import Platform, make_platform
 
 HERE = Path(__file__).parent
 
@@ -41,6 +42,13 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
     with start_plane(tmp_path_factory.mktemp("plane")) as plane:
         print(f"the plane was ready after {time.monotonic() - begun:.1f} s")
         yield plane
+
+
+@pytest.fixture(scope="session")
+def platform(plane: Plane, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A namespace with traces, a base model and a file system, for every release of these tests."""
+    with make_platform(plane, "train", tiny, tmp_path_factory.mktemp("platform")) as platform:
+        yield platform
 
 
 @pytest.fixture

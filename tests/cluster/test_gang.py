@@ -3,79 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster.api import Object
-from tests.cluster.helm import Release, metrics, seconds_since
-from tests.cluster.plane import STOCK, Plane, until
-from tests.e2e import traces
-from tests.servers.s3 import S3Server, s3_server
+from tests.cluster.helm import metrics, seconds_since
+from tests.cluster.plane import FROM_ZERO, STOCK, until
+from tests.cluster.platform import STEPS, Platform
 
-STEPS = 40
 PATIENCE = 420  # seconds for three processes that import torch on a busy machine
-
-
-@dataclass(frozen=True)
-class Platform:
-    """What the runs of this module share: traces and a base model in a bucket, and the keys to it."""
-
-    plane: Plane
-    namespace: str
-    s3: S3Server
-    bucket: str
-    endpoint: str
-
-    def release(self, name: str, *, helm: str = "helm4", training: Object | None = None, **values: Any) -> Release:
-        """A GRPO run of 3 nodes on the traces; `training` and `values` lie over what is said here."""
-        own: dict[str, Object] = {
-            "data": {"path": f"s3://{self.bucket}/traces", "endpoint_url": self.endpoint, "held_out_share": 0.3},
-            "model": {"path": f"s3://{self.bucket}/model"},
-            "train": {
-                "batch_size": 5,
-                "learning_rate": 1e-3,
-                "max_length": 200,
-                "max_steps": STEPS,
-                "logging_steps": 1,
-            },
-            "checkpoint": {"path": f"/checkpoints/{name}", "grace_seconds": 40},
-            "output": {"path": f"s3://{self.bucket}/{name}"},
-        }
-        for group, keys in (training or {}).items():
-            own[group] = {**own.get(group, {}), **keys}
-        return Release(self.plane, self.namespace, name, {"training": own, **values}, helm)
-
-    def checkpoints(self, name: str) -> Path:
-        """The folder of a run's checkpoints, on this machine."""
-        return self.plane.folder / "volumes" / "fs-0123456789abcdef0" / name
-
-    def model(self, name: str) -> dict[str, bytes]:
-        """A finished run's files in the bucket."""
-        folder = self.s3.root / self.bucket / name
-        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} if folder.exists() else {}
-
-
-@pytest.fixture(scope="module")
-def platform(plane: Plane, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    folder = tmp_path_factory.mktemp("platform")
-    namespace = "train"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    plane.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
-    driver = {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "fsx.csi.aws.com"}}
-    plane.api.apply({**driver, "spec": {"attachRequired": False, "fsGroupPolicy": "File"}})
-    with s3_server(folder) as s3, plane.network.relay(int(s3.endpoint_url.rpartition(":")[2])) as address:
-        bucket = s3.bucket("lake")
-        s3.upload(traces.write_hive(folder / "lake", traces.learnable()), bucket, "traces")
-        s3.upload(tiny, bucket, "model")
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "stringData": s3.env}
-        plane.api.apply(secret, namespace)
-        yield Platform(plane, namespace, s3, bucket, f"http://{address}")
-    plane.api.delete("namespaces", namespace)
-    plane.api.delete("csidrivers.storage.k8s.io", "fsx.csi.aws.com")
 
 
 @pytest.fixture(scope="module")
@@ -148,4 +83,4 @@ def test_with_volcanos_stock_configuration_a_gang_never_starts(platform: Platfor
             assert release.pods == []
             assert release.claims == []
     finally:
-        platform.plane.configure_volcano("allocate, backfill")
+        platform.plane.configure_volcano(FROM_ZERO)

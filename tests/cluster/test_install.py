@@ -1,0 +1,115 @@
+"""The chart installs the first time, leaves nothing behind, and is refused before anything is bought."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.api import ApiError, Object
+from tests.cluster.container import TREE
+from tests.cluster.counts import INSTALLS
+from tests.cluster.helm import CHART, HELMS, Release, everything, seconds_since
+from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
+from tests.cluster.platform import Platform, apply_driver
+
+WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_every_install_works_and_every_uninstall_leaves_what_was_there(platform: Platform, helm: str) -> None:
+    before = everything(platform.plane)
+    for number in range(INSTALLS):
+        release = platform.release(f"try-{helm}-{number}", helm=helm, preflight={"checks": ["config"]})
+        begun = time.monotonic()
+        done = release.install()
+        assert done.returncode == 0, done.stderr
+        print(f"{helm} install: {seconds_since(begun)}")
+        until(partial(has_claims, release), 60, "Karpenter buys three nodes")
+        begun = time.monotonic()
+        done = release.uninstall()
+        assert done.returncode == 0, done.stderr
+        until(lambda: gone(platform.plane, before), 180, "everything is as it was")
+        print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
+
+
+def has_claims(release: Release) -> bool:
+    return len(release.claims) == 3
+
+
+def gone(plane: Plane, before: set[str]) -> bool:
+    return everything(plane) - before == set()
+
+
+@contextmanager
+def unwritable(platform: Platform) -> Iterator[None]:
+    apply_driver(platform.plane, "ReadWriteOnceWithFSType")
+    try:
+        yield
+    finally:
+        apply_driver(platform.plane, "File")
+
+
+@contextmanager
+def stock(platform: Platform) -> Iterator[None]:
+    platform.plane.configure_volcano(STOCK)
+    try:
+        yield
+    finally:
+        platform.plane.configure_volcano(FROM_ZERO)
+
+
+@contextmanager
+def nothing(platform: Platform) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("values", "meanwhile", "words"),
+    [
+        pytest.param(
+            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nothing, "no-such-bucket", id="data"
+        ),
+        pytest.param({"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nothing, "nobodys", id="queue"),
+        pytest.param({}, unwritable, "fsGroupPolicy", id="storage"),
+        pytest.param({}, stock, "enqueue", id="stock Volcano"),
+    ],
+)
+def test_preflight_refuses_with_one_line_and_leaves_nothing(
+    platform: Platform, values: dict[str, Any], meanwhile: Callable[[Platform], Any], words: str
+) -> None:
+    before = everything(platform.plane)
+    release = platform.release("refused", **values)
+    with meanwhile(platform):
+        done = release.install()
+        assert done.returncode != 0
+        assert words in done.stdout + done.stderr
+        assert release.claims == []
+        release.uninstall()
+    until(lambda: gone(platform.plane, before), 60, "nothing is left")
+
+
+@pytest.mark.parametrize("name", WITH_A_POOL_OF_ITS_OWN)
+def test_a_real_api_server_admits_pool_and_node_class(plane: Plane, name: str) -> None:
+    for found in rendered(plane, name):
+        if found["kind"] in ("EC2NodeClass", "NodePool", "Queue", "StorageClass", "PersistentVolumeClaim"):
+            plane.api.apply(found, dry_run=True)
+
+
+def test_rules_of_the_node_class_are_the_real_ones(plane: Plane) -> None:
+    (node_class,) = (found for found in rendered(plane, "grpo") if found["kind"] == "EC2NodeClass")
+    node_class["spec"]["instanceProfile"] = "both"
+    with pytest.raises(ApiError, match="must specify exactly one of"):
+        plane.api.apply(node_class, dry_run=True)
+
+
+def rendered(plane: Plane, name: str) -> list[Object]:
+    """The objects of a values file as shipped."""
+    done = Release(plane, "default", "run").run("template", "run", str(CHART), "-f", str(TREE / f"values/{name}.yaml"))
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]
