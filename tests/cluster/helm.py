@@ -43,9 +43,11 @@ class Release:
 
     def install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`helm install`; never raises on an exit code."""
-        file = self.plane.folder / f"values-{self.namespace}-{self.name}.yaml"
-        file.write_text(yaml.safe_dump(dict(self.values)))
-        return self.run("install", self.name, str(CHART), "-f", str(VALUES), "-f", str(file), *arguments)
+        return self.run("install", *self._chart(), *arguments)
+
+    def upgrade(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`helm upgrade` with the same values, and what the arguments change of them."""
+        return self.run("upgrade", *self._chart(), *arguments)
 
     def uninstall(self) -> subprocess.CompletedProcess[str]:
         """`helm uninstall`, which waits until what it deletes is gone; fine where there is no such release."""
@@ -117,6 +119,11 @@ class Release:
         """What all pods of the gang wrote so far, restarts included, in the order of their starts."""
         found = (self.plane.folder / "pods" / self.namespace).glob(f"{self.name}-node*/*.log")
         return "\n".join(file.read_text(errors="replace") for file in sorted(found, key=_age))
+
+    def _chart(self) -> list[str]:
+        file = self.plane.folder / f"values-{self.namespace}-{self.name}.yaml"
+        file.write_text(yaml.safe_dump(dict(self.values)))
+        return [self.name, str(CHART), "-f", str(VALUES), "-f", str(file)]
 
 
 def everything(plane: Plane) -> set[str]:

@@ -83,3 +83,30 @@ def apply_driver(plane: Plane, policy: str) -> None:
     driver = {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": DRIVER}}
     plane.api.delete("csidrivers.storage.k8s.io", DRIVER)
     plane.api.apply({**driver, "spec": {"attachRequired": False, "fsGroupPolicy": policy}})
+
+
+# A program that is loaded before the trainer, in its place: the rows that are about gangs, not training, start 300
+# times faster. Preflight runs as it is.
+PROGRAM = """
+import os, sys, time
+if "entrypoint" in sys.orig_argv:
+    {}
+"""
+
+
+def instead_of_training(platform: Platform, name: str, program: str) -> Object:
+    """Values with which the gang's pods run one line of Python instead of the trainer."""
+    content = {"sitecustomize.py": PROGRAM.format(program)}
+    metadata = {"name": f"program-{name}"}
+    platform.plane.api.apply(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": content}, platform.namespace
+    )
+    return {
+        "extraEnv": [{"name": "PYTHONPATH", "value": "/opt/program"}],
+        "extraVolumes": [{"name": "program", "configMap": metadata}],
+        "extraVolumeMounts": [{"name": "program", "mountPath": "/opt/program", "readOnly": True}],
+        "preflight": {"checks": []},
+    }
+
+
+SLEEP = "print('asleep', flush=True); time.sleep(3600)"

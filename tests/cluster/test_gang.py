@@ -6,11 +6,14 @@ import time
 
 import pytest
 
+from tests.cluster.api import Object
 from tests.cluster.helm import metrics, seconds_since
+from tests.cluster.nodes import UNPLUGGED
 from tests.cluster.plane import FROM_ZERO, STOCK, until
 from tests.cluster.platform import STEPS, Platform
 
 PATIENCE = 420  # seconds for three processes that import torch on a busy machine
+ONGOING = ("", "Pending", "Running", "Completing", "Restarting")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def straight(platform: Platform) -> dict[str, bytes]:
         until(release.running, PATIENCE, "the gang runs")
         print(f"zero nodes to a gang: {seconds_since(begun)}")
         assert len(release.claims) == 3
-        until(lambda: release.phase not in ("Pending", "Running", "Completing"), PATIENCE, "the run ends")
+        until(lambda: release.phase not in ONGOING, PATIENCE, "the run ends")
         print(f"to the end of the run: {seconds_since(begun)}")
         assert (release.phase, release.restarts) == ("Completed", 0)
         until(lambda: release.claims == [], 120, "the nodes are given back")
@@ -49,9 +52,31 @@ def test_a_spot_notice_costs_at_most_one_step(platform: Platform, straight: dict
         print(f"notice to restart: {seconds_since(begun)}")
         until(release.running, PATIENCE, "the gang runs again")
         print(f"notice to gang: {seconds_since(begun)}")
-        until(lambda: release.phase not in ("Pending", "Running", "Completing", "Restarting"), PATIENCE, "the run ends")
+        until(lambda: release.phase not in ONGOING, PATIENCE, "the run ends")
         assert release.phase == "Completed", release.logs()
     assert platform.model("noticed")["model.safetensors"] == straight["model.safetensors"]
+
+
+def test_a_node_that_dies_without_a_word_is_replaced(platform: Platform, straight: dict[str, bytes]) -> None:
+    api, release = platform.plane.api, platform.release("dies", training={"checkpoint": {"save_every": 5}})
+    with release.installed():
+        until(lambda: len(metrics(platform.checkpoints("dies"))) >= 8, PATIENCE, "a checkpoint and more is done")
+        node = release.pods[1]["spec"]["nodeName"]
+        begun = time.monotonic()
+        api.patch("nodes", node, {"metadata": {"annotations": {UNPLUGGED: "true"}}})
+        until(lambda: not_ready(api.get("nodes", node)), 60, "the control plane notices")
+        print(f"death to its notice: {seconds_since(begun)}")
+        api.delete("nodes", node)  # as the cloud's controller does with a node whose machine is gone
+        until(lambda: release.restarts >= 1, PATIENCE, "Volcano restarts the gang")
+        until(release.running, PATIENCE, "the gang runs again")
+        print(f"death to gang: {seconds_since(begun)}")
+        until(lambda: release.phase not in ONGOING, PATIENCE, "the run ends")
+        assert release.phase == "Completed", release.logs()
+    assert platform.model("dies")["model.safetensors"] == straight["model.safetensors"]
+
+
+def not_ready(node: Object) -> bool:
+    return any(c["type"] == "Ready" and c["status"] != "True" for c in node["status"]["conditions"])
 
 
 def test_a_wrong_configuration_ends_the_job_for_good(platform: Platform) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from typing import Any
@@ -61,7 +62,12 @@ def log(plane: Plane, namespace: str, name: str = "pod", container: str = "main"
 
 
 def until_log(plane: Plane, namespace: str, name: str, lines: list[str]) -> None:
-    until(lambda: log(plane, namespace, name) == lines, 60, f"pod {name} wrote {lines}")
+    def written() -> bool:
+        with contextlib.suppress(ApiError):  # it has not started
+            return log(plane, namespace, name) == lines
+        return False
+
+    until(written, 60, f"pod {name} wrote {lines}")
 
 
 def until_gone(plane: Plane, namespace: str, name: str) -> None:

@@ -57,16 +57,12 @@ def allowed(account: Api, namespace: str) -> set[str]:
 
     assert len(asked) > 500
     with ThreadPoolExecutor(8) as pool:
-        return {
-            f"{verb} {name}.{group}"
-            for (verb, name, group), yes in zip(asked, pool.map(may, asked), strict=True)
-            if yes
-        }
+        answers = list(pool.map(may, asked))
+    return {f"{verb} {name}.{group}" for (verb, name, group), yes in zip(asked, answers, strict=True) if yes}
 
 
 def names(api: Api, group: str) -> list[str]:
     """Resources and subresources of an API group's preferred version."""
-    base = (
-        "/api/v1" if not group else f"/apis/{api.request('GET', f'/apis/{group}')['preferredVersion']['groupVersion']}"
-    )
-    return [str(resource["name"]) for resource in api.request("GET", base)["resources"]]
+    version = api.request("GET", f"/apis/{group}")["preferredVersion"]["groupVersion"] if group else ""
+    listed = api.request("GET", f"/apis/{version}" if group else "/api/v1")["resources"]
+    return [str(resource["name"]) for resource in listed]
