@@ -19,14 +19,16 @@ from tests.process import ROOT
 
 TREE = Path(os.environ.get("CLUSTER_TREE", ROOT))  # another work tree to test, with its own .venv
 
-# What stands in for the image: its files (read-only in the container), its environment and its user.
+# What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
 IMAGE = (str(TREE), sys.base_prefix)
 IMAGE_ENVIRONMENT = {
     "PATH": f"{TREE}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/",
+    "HOME": "/tmp",
+    "USER": "trainer",
     "LANG": "C.UTF-8",
 }
 IMAGE_USER = 1000
+IMAGE_DIRECTORY = "/tmp"
 
 MESSAGE_BYTES, MESSAGE_LINES = 2048, 80  # what a kubelet takes of a log as termination message
 
@@ -71,7 +73,7 @@ class Container:
             ],
             "command": [*self.spec.get("command", []), *self.spec.get("args", [])],
             "environment": dict(environment),
-            "directory": self.spec.get("workingDir", "/"),
+            "directory": self.spec.get("workingDir", IMAGE_DIRECTORY),
             **identity(pod, self.spec),
         }
         self._pid_file.unlink(missing_ok=True)
