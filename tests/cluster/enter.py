@@ -54,7 +54,7 @@ def _become(spec: dict[str, Any]) -> None:
     _bind("/sys", root + "/sys", read_only=True)
     _devices(root)
     for mount in sorted(spec["mounts"], key=lambda mount: mount["target"]):
-        _bind(mount["source"], root + mount["target"], read_only=mount["read_only"])
+        _bind(mount["source"], _inside(root, mount["target"]), read_only=mount["read_only"])
     if spec["read_only_root"]:
         _mount(None, root, None, BIND | REMOUNT | RDONLY)
     os.chroot(root)
@@ -88,6 +88,22 @@ def _open_way(root: str, path: str) -> None:
         mode = os.stat(folder).st_mode
         if not mode & 0o001:
             os.chmod(folder, mode & 0o7777 | 0o011)
+
+
+def _inside(root: str, path: str) -> str:
+    """Where `path` leads in the container: /var/run is a link to /run, of the container's and not of this machine's."""
+    place, parts = root, path.strip("/").split("/")
+    while parts:
+        part = parts.pop(0)
+        if os.path.islink(f"{place}/{part}"):
+            link = os.readlink(f"{place}/{part}")
+            place = root if link.startswith("/") else place
+            parts = [*link.strip("/").split("/"), *parts]
+        elif part == "..":
+            place = root if place == root else os.path.dirname(place)
+        else:
+            place = f"{place}/{part}"
+    return place
 
 
 def _devices(root: str) -> None:

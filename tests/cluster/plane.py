@@ -100,10 +100,10 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
         start("kube-scheduler", programs.scheduler(), _listens(ports["scheduler"]))
         _define(api, definitions)
         api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "volcano-system"}})
-        start("volcano-webhooks", programs.volcano_webhooks(), _listens(ports["webhooks"]))
         for path in ADMISSIONS:
             server = f"https://127.0.0.1:{ports['webhooks']}"
             api.apply(webhook_configuration(path, server, certificates.authority.read_bytes()))
+        start("volcano-webhooks", programs.volcano_webhooks(), _listens(ports["webhooks"]))
         plane.configure_volcano(actions)
         start("volcano-controllers", programs.volcano_controllers(), lambda: True)
         start("volcano-scheduler", programs.volcano_scheduler(_scheduler_file(folder)), lambda: _open(api, "default"))

@@ -47,6 +47,6 @@ def webhook_configuration(path: str, server: str, authority: bytes) -> Object:
     return {
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "MutatingWebhookConfiguration" if action == "mutate" else "ValidatingWebhookConfiguration",
-        "metadata": {"name": f"volcano-{plural}-{action}"},
+        "metadata": {"name": f"volcano-admission-service-{plural}-{action}"},  # the manager waits for that name
         "webhooks": [webhook],
     }
