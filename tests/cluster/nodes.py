@@ -11,6 +11,7 @@ from tests.cluster.api import Api, ApiError, Object
 from tests.cluster.container import now
 
 PLATFORM = "platform-0"  # where what needs no GPU runs
+DRIVER = "fsx.csi.aws.com"  # the storage driver that every node has
 UNPLUGGED = "tests/unplugged"  # a node with this annotation dies without a word
 LEASE_SECONDS = 40
 HEARTBEAT = 3.0  # seconds between two renewals of every lease
@@ -40,9 +41,19 @@ class Nodes:
             if kind == "DELETED" or UNPLUGGED in node["metadata"].get("annotations", {}):
                 self._alive.pop(name, None)
                 self._died(name)
-            elif name not in self._alive:
-                self._say_ready(name)
-                self._alive[name] = node
+            else:
+                if name not in self._alive:
+                    self._alive[name] = node
+                    self._quietly(partial(self._api.apply, self._storage(node)))
+                if not is_ready(node):
+                    self._say_ready(name)
+
+    def _storage(self, node: Object) -> Object:
+        """What a storage driver's agent registers; Volcano binds no pod with a claim to a node without it."""
+        driver = {"name": DRIVER, "nodeID": node["metadata"]["name"]}
+        metadata = {"name": node["metadata"]["name"], "ownerReferences": [_owner(node)]}
+        spec = {"drivers": [driver]}
+        return {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": metadata, "spec": spec}
 
     def _say_ready(self, name: str) -> None:
         healthy = {"MemoryPressure": "False", "DiskPressure": "False", "PIDPressure": "False", "Ready": "True"}
@@ -73,11 +84,10 @@ class Nodes:
 
     def _lease(self, name: str, node: Object) -> None:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        owner = {"apiVersion": "v1", "kind": "Node", "name": name, "uid": node["metadata"]["uid"]}
         lease = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
-            "metadata": {"name": name, "namespace": "kube-node-lease", "ownerReferences": [owner]},
+            "metadata": {"name": name, "namespace": "kube-node-lease", "ownerReferences": [_owner(node)]},
             "spec": {"holderIdentity": name, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": stamp},
         }
         self._api.apply(lease)
@@ -87,3 +97,13 @@ class Nodes:
             call()
         except (ApiError, OSError) as error:  # gone in the meantime, or a server that is ending
             print(f"node: {error}", flush=True)
+
+
+def is_ready(node: Object) -> bool:
+    """Whether its kubelet was said to be well, lately."""
+    conditions = node.get("status", {}).get("conditions", [])
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def _owner(node: Object) -> Object:
+    return {"apiVersion": "v1", "kind": "Node", "name": node["metadata"]["name"], "uid": node["metadata"]["uid"]}

@@ -10,11 +10,11 @@ from typing import Any
 
 from tests.cluster.api import Object
 from tests.cluster.helm import Release
+from tests.cluster.nodes import DRIVER
 from tests.cluster.plane import Plane, until
 from tests.e2e import traces
 from tests.servers.s3 import S3Server, s3_server
 
-DRIVER = "fsx.csi.aws.com"
 FILE_SYSTEM = "fs-0123456789abcdef0"  # of values.yaml
 STEPS = 40
 GRACE = 40  # seconds, and 20 less than the pods' in values.yaml

@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from tests.cluster.api import Object
 from tests.cluster.helm import metrics, seconds_since
-from tests.cluster.nodes import UNPLUGGED
+from tests.cluster.nodes import UNPLUGGED, is_ready
 from tests.cluster.plane import FROM_ZERO, STOCK, until
 from tests.cluster.platform import STEPS, Platform
 
@@ -64,7 +63,7 @@ def test_a_node_that_dies_without_a_word_is_replaced(platform: Platform, straigh
         node = release.pods[1]["spec"]["nodeName"]
         begun = time.monotonic()
         api.patch("nodes", node, {"metadata": {"annotations": {UNPLUGGED: "true"}}})
-        until(lambda: not_ready(api.get("nodes", node)), 60, "the control plane notices")
+        until(lambda: not is_ready(api.get("nodes", node)), 60, "the control plane notices")
         print(f"death to its notice: {seconds_since(begun)}")
         api.delete("nodes", node)  # as the cloud's controller does with a node whose machine is gone
         until(lambda: release.restarts >= 1, PATIENCE, "Volcano restarts the gang")
@@ -73,10 +72,6 @@ def test_a_node_that_dies_without_a_word_is_replaced(platform: Platform, straigh
         until(lambda: release.phase not in ONGOING, PATIENCE, "the run ends")
         assert release.phase == "Completed", release.logs()
     assert platform.model("dies")["model.safetensors"] == straight["model.safetensors"]
-
-
-def not_ready(node: Object) -> bool:
-    return any(c["type"] == "Ready" and c["status"] != "True" for c in node["status"]["conditions"])
 
 
 def test_a_wrong_configuration_ends_the_job_for_good(platform: Platform) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.api import ApiError, Object
 from tests.cluster.container import tail
-from tests.cluster.nodes import PLATFORM, UNPLUGGED
+from tests.cluster.nodes import PLATFORM, UNPLUGGED, is_ready
 from tests.cluster.plane import Plane, until
 
 RESTRICTED = {
@@ -262,12 +262,7 @@ def test_a_node_that_is_unplugged_says_nothing_more(plane: Plane, namespace: str
         plane.api.patch("nodes", "spare", {"metadata": {"annotations": {UNPLUGGED: "true"}}})
         until(lambda: not _sleeping(), 10, "the process is dead")
         assert plane.api.get("pods", "pod", namespace)["status"]["phase"] == "Running"
-
-        def ready() -> str:
-            conditions = plane.api.get("nodes", "spare")["status"]["conditions"]
-            return next(str(condition["status"]) for condition in conditions if condition["type"] == "Ready")
-
-        until(lambda: ready() == "Unknown", 60, "the control plane notices")
+        until(lambda: not is_ready(plane.api.get("nodes", "spare")), 60, "the control plane notices")
     finally:
         plane.api.delete("nodes", "spare")
     until_gone(plane, namespace, "pod")
