@@ -106,7 +106,7 @@ class Release:
     @property
     def claims(self) -> list[Object]:
         """Karpenter's NodeClaims for this release."""
-        labels = f"app.kubernetes.io/instance={self.name}"
+        labels = f"karpenter.sh/nodepool={self.name}.{self.namespace}"
         return self.plane.api.list("nodeclaims.karpenter.sh", labels=labels)
 
     def running(self) -> bool:

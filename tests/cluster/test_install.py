@@ -18,6 +18,7 @@ from tests.cluster.helm import CHART, HELMS, Release, everything, seconds_since
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
 from tests.cluster.platform import Platform, apply_driver
 
+NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
 WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
 
 
@@ -76,7 +77,7 @@ def nothing(platform: Platform) -> Iterator[None]:
             {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nothing, "no-such-bucket", id="data"
         ),
         pytest.param({"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nothing, "nobodys", id="queue"),
-        pytest.param({}, unwritable, "fsGroupPolicy", id="storage"),
+        pytest.param({"storage": {"fsx": {"fileSystemId": NEW}}}, unwritable, "fsGroupPolicy", id="storage"),
         pytest.param({}, stock, "enqueue", id="stock Volcano"),
     ],
 )
