@@ -158,7 +158,7 @@ class Api:
         headers = {**self._headers, **({"Content-Type": kind} if payload else {})}
         try:
             status, content = self._exchange(method, path, payload, headers)
-        except (http.client.RemoteDisconnected, ConnectionError):  # an idle connection that the server has closed
+        except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
             status, content = self._exchange(method, path, payload, headers)
         try:
             answer = json.loads(content)

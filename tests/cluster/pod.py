@@ -85,6 +85,7 @@ class Pod(threading.Thread):
         except Stopped:
             self._report("Failed")
         except Exception as error:  # a pod that this kubelet can't run must not look as if it ran
+            print(f"{self.namespace}/{self.name} can't be run: {error!r}", flush=True)
             self._report("Failed", reason="KubeletError", message=f"{type(error).__name__}: {error}")
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -108,7 +109,9 @@ class Pod(threading.Thread):
             self._start(container, sandbox, folders)
         self._report("Running")
         self._until_ended(self._mains, sandbox, folders)
-        self._report("Failed" if any(container.code for container in self._mains) else "Succeeded")
+        codes = {container.spec["name"]: container.code for container in self._mains}
+        print(f"{self.namespace}/{self.name} ended: {codes}", flush=True)
+        self._report("Failed" if any(codes.values()) else "Succeeded")
 
     def _start(self, container: Container, sandbox: int, folders: Mapping[str, Path]) -> None:
         if self._deadline is not None:

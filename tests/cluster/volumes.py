@@ -35,7 +35,7 @@ class Volumes:
         """Unmount what `prepare` mounted."""
         for folder in sorted(self.folder.glob("*")):
             if folder.is_mount():
-                subprocess.run(["umount", folder], check=True)
+                subprocess.run(["umount", "--lazy", folder], check=True)
 
     def _prepare(self, volume: Object) -> Path:
         folder = self.folder / volume["name"]
