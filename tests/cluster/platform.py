@@ -88,8 +88,9 @@ def apply_driver(plane: Plane, policy: str) -> None:
 # A program that is loaded before the trainer, in its place: the rows that are about gangs, not training, start 300
 # times faster. Preflight runs as it is.
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 if "entrypoint" in sys.orig_argv:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     {}
 """
 
