@@ -73,8 +73,9 @@ def test_what_would_compile_for_minutes_is_installed_nowhere() -> None:
 def test_a_go_tool_is_one_package_with_its_sums(pin: Path) -> None:
     """Or several, each with its binary's name behind it."""
     text = pin.read_text()
-    packages = re.findall(r"^tool (\S+)$", text, re.M) or re.findall(r"^\t(\S+) // [\w-]+$", text, re.M)
+    packages = re.findall(r"^tool ([^\s(]+)$", text, re.M) or re.findall(r"^\t(\S+) // [\w-]+$", text, re.M)
     modules = re.findall(r"^(?:require )?\s*(\S+) v\d\S*", text, re.M)
+    modules += re.findall(r"^module (\S+)$", text, re.M)  # a program whose source is here
     assert packages
     assert all(any(f"{package}/".startswith(f"{module}/") for module in modules) for package in packages)
     assert (pin.parent / "go.sum").stat().st_size
