@@ -35,7 +35,7 @@ def test_every_install_works_and_every_uninstall_leaves_what_was_there(platform:
         begun = time.monotonic()
         done = release.uninstall()
         assert done.returncode == 0, done.stderr
-        until(lambda: gone(platform.plane, before), 180, "everything is as it was")
+        until_gone(platform.plane, before, 120)
         print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
 
 
@@ -43,8 +43,23 @@ def has_claims(release: Release) -> bool:
     return len(release.claims) == 3
 
 
-def gone(plane: Plane, before: set[str]) -> bool:
-    return everything(plane) - before == set()
+def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
+    """Wait until the API server holds nothing that it did not hold before.
+
+    Raises:
+        AssertionError: it does; the message names what.
+    """
+    left: set[str] = set()
+
+    def nothing_left() -> bool:
+        nonlocal left
+        left = everything(plane) - before
+        return not left
+
+    try:
+        until(nothing_left, seconds, "everything is as it was")
+    except TimeoutError:
+        pytest.fail(f"left behind: {sorted(left)}")
 
 
 @contextmanager
@@ -92,7 +107,7 @@ def test_preflight_refuses_with_one_line_and_leaves_nothing(
         assert words in done.stdout + done.stderr
         assert release.claims == []
         release.uninstall()
-    until(lambda: gone(platform.plane, before), 60, "nothing is left")
+    until_gone(platform.plane, before, 60)
 
 
 @pytest.mark.parametrize("name", WITH_A_POOL_OF_ITS_OWN)
