@@ -27,6 +27,7 @@ class Network:
 
     number: int
     _taken: set[str] = field(default_factory=set)
+    _turn: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -43,8 +44,10 @@ class Network:
     def address(self, first: int = 10) -> Iterator[str]:
         """An address that nobody else in this process has, from the `first`-th on; free again after the block."""
         with self._lock:
-            hosts = list(ipaddress.ip_network(f"10.77.{self.number}.0/24").hosts())[first:]
-            address = next(str(host) for host in hosts if str(host) not in self._taken)
+            hosts = [str(host) for host in ipaddress.ip_network(f"10.77.{self.number}.0/24").hosts()][first:]
+            turned = hosts[self._turn % len(hosts) :] + hosts[: self._turn % len(hosts)]
+            address = next(host for host in turned if host not in self._taken)
+            self._turn += 1  # not the one that was given back last: somebody may still talk to it
             self._taken.add(address)
         try:
             yield address
@@ -63,9 +66,9 @@ class Network:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
+        outer = f"{self.bridge}-{address.rpartition('.')[2]}"
         try:
             _until_unshared(holder.pid)
-            outer = f"{self.bridge}-{address.rpartition('.')[2]}"
             _ip(
                 f"link add {outer} type veth peer name eth0 netns {holder.pid}",
                 f"link set {outer} master {self.bridge} up",
@@ -75,6 +78,8 @@ class Network:
             subprocess.run([*inside, "hostname", hostname], check=True)
             yield holder.pid
         finally:
+            # Now, and not when the kernel finds that the namespace has nobody left: the name is used again.
+            subprocess.run(["ip", "link", "del", outer], stderr=subprocess.DEVNULL, check=False)
             holder.kill()
             holder.wait()
 
