@@ -7,4 +7,3 @@ import os
 ALL = os.environ.get("CLUSTER_COUNTS") == "all"
 
 INSTALLS = 20 if ALL else 3  # in a row, for each Helm
-NOTICES = 10 if ALL else 2  # to one run of three nodes
