@@ -22,7 +22,7 @@ UPGRADE ?=          # `make lock UPGRADE=1` moves every pin that pyproject.toml 
 PYTHON := .venv/bin/python
 SCHEMA := docs/run.schema.json
 CHART_SCHEMA := chart/values.schema.json
-TOOLS := $(notdir $(patsubst %/,%,$(dir $(wildcard .ci/tools/*/go.mod))))
+TOOLS := $(filter-out plane,$(notdir $(patsubst %/,%,$(dir $(wildcard .ci/tools/*/go.mod))))) # the plane's programs are built by what starts them
 COMPILE := pip compile --quiet --universal --python-version $(PYTHON_MIN) --generate-hashes --no-emit-index-url --no-header $(if $(strip $(UPGRADE)),--upgrade)
 
 ##@ General
@@ -53,6 +53,14 @@ bench: setup ## Measure preparation at scale, the time to the first step and wha
 .PHONY: bench-step
 bench-step: setup ## Measure an optimiser step against stock TRL's, some 40 minutes; CHECK=1 fails where a bar is missed.
 	$(PYTHON) -m tests.bench.bench_step
+
+.PHONY: cluster-up
+cluster-up: setup ## A control plane with Volcano and Karpenter on this machine (root); prints its KUBECONFIG line.
+	@$(PYTHON) -m tests.cluster up
+
+.PHONY: cluster-down
+cluster-down: setup ## End it.
+	@$(PYTHON) -m tests.cluster down
 
 ##@ Check
 
@@ -89,8 +97,17 @@ chart: setup schema-check chart-units ## The chart: schema, lint, unit tests, Ku
 # One thread a worker: torch's pools would fight over the cores. `maxschedchunk` keeps a slow test from hiding behind
 # another; loadgroup keeps tests that share a slow server on one worker.
 .PHONY: pytest
-pytest: setup tools ## The tests alone; PYTEST_ARGS='-m "not slow"' leaves the long ones out.
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 $(PYTEST_ARGS)
+pytest: setup tools ## The tests alone, but those of test-cluster; PYTEST_ARGS='-m "not slow"' leaves the long ones out.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 --ignore tests/cluster $(PYTEST_ARGS)
+
+# One worker: its gangs take all cores as it is.
+.PHONY: test-cluster
+test-cluster: setup ## The chart on a real API server with Volcano and Karpenter (root); see docs/cluster-proof.md.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cluster -rP --durations 15 $(PYTEST_ARGS)
+
+.PHONY: test-cluster-all
+test-cluster-all: setup ## The same, each row as often as docs/cluster-proof.md says; hours.
+	@CLUSTER_COUNTS=all $(MAKE) --no-print-directory test-cluster
 
 .PHONY: faults
 faults: setup tools ## The fault matrix, about an hour: runs that are killed, stopped and cut off; see docs/reliability.md.

@@ -71,10 +71,13 @@ def test_what_would_compile_for_minutes_is_installed_nowhere() -> None:
 
 @pytest.mark.parametrize("pin", sorted((ROOT / ".ci/tools").glob("*/go.mod")), ids=lambda path: path.parent.name)
 def test_a_go_tool_is_one_package_with_its_sums(pin: Path) -> None:
-    (package,) = re.findall(r"^tool (\S+)$", pin.read_text(), re.M)
-    modules = re.findall(r"^(?:require )?\s*(\S+) v\d\S*", pin.read_text(), re.M)
-    (own,) = re.findall(r"^module (\S+)$", pin.read_text(), re.M)  # a program whose source is here
-    assert any(f"{package}/".startswith(f"{module}/") for module in [own, *modules])
+    """Or several, each with its binary's name behind it."""
+    text = pin.read_text()
+    packages = re.findall(r"^tool ([^\s(]+)$", text, re.M) or re.findall(r"^\t(\S+) // [\w-]+$", text, re.M)
+    modules = re.findall(r"^(?:require )?\s*(\S+) v\d\S*", text, re.M)
+    modules += re.findall(r"^module (\S+)$", text, re.M)  # a program whose source is here
+    assert packages
+    assert all(any(f"{package}/".startswith(f"{module}/") for module in modules) for package in packages)
     assert (pin.parent / "go.sum").stat().st_size
 
 

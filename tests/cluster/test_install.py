@@ -1,0 +1,138 @@
+"""The chart installs the first time, leaves nothing behind, and is refused before anything is bought."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.api import ApiError, Object
+from tests.cluster.container import TREE
+from tests.cluster.counts import INSTALLS
+from tests.cluster.helm import CHART, HELMS, Release, everything, seconds_since
+from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
+from tests.cluster.platform import Platform, apply_driver
+
+NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
+WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_every_install_works_and_every_uninstall_leaves_what_was_there(platform: Platform, helm: str) -> None:
+    before = everything(platform.plane)
+    for number in range(INSTALLS):
+        release = platform.release(f"try-{helm}-{number}", helm=helm, preflight={"checks": ["config"]})
+        begun = time.monotonic()
+        done = release.install()
+        assert done.returncode == 0, done.stderr
+        print(f"{helm} install: {seconds_since(begun)}")
+        until(partial(nodes_registered, release), 60, "Karpenter buys three nodes")
+        begun = time.monotonic()
+        done = release.uninstall()
+        assert done.returncode == 0, done.stderr
+        until_gone(platform.plane, before, 120)
+        print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
+
+
+def nodes_registered(release: Release) -> bool:
+    """Whether three nodes are there: KWOK makes a node that nobody owns of a claim that is deleted before."""
+    states = [
+        condition["status"]
+        for claim in release.claims
+        for condition in claim.get("status", {}).get("conditions", [])
+        if condition["type"] == "Registered"
+    ]
+    return states == ["True"] * 3
+
+
+def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
+    """Wait until the API server holds nothing that it did not hold before.
+
+    Raises:
+        AssertionError: it does; the message names what.
+    """
+    left: set[str] = set()
+
+    def nothing_left() -> bool:
+        nonlocal left
+        left = everything(plane) - before
+        return not left
+
+    try:
+        until(nothing_left, seconds, "everything is as it was")
+    except TimeoutError:
+        pytest.fail(f"left behind: {sorted(left)}")
+
+
+@contextmanager
+def unwritable(platform: Platform) -> Iterator[None]:
+    apply_driver(platform.plane, "ReadWriteOnceWithFSType")
+    try:
+        yield
+    finally:
+        apply_driver(platform.plane, "File")
+
+
+@contextmanager
+def stock(platform: Platform) -> Iterator[None]:
+    platform.plane.configure_volcano(STOCK)
+    try:
+        yield
+    finally:
+        platform.plane.configure_volcano(FROM_ZERO)
+
+
+@contextmanager
+def nothing(platform: Platform) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("values", "meanwhile", "words"),
+    [
+        pytest.param(
+            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nothing, "no-such-bucket", id="data"
+        ),
+        pytest.param({"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nothing, "nobodys", id="queue"),
+        pytest.param({"storage": {"fsx": {"fileSystemId": NEW}}}, unwritable, "fsGroupPolicy", id="storage"),
+        pytest.param({}, stock, "enqueue", id="stock Volcano"),
+    ],
+)
+def test_preflight_refuses_with_one_line_and_leaves_nothing(
+    platform: Platform, values: dict[str, Any], meanwhile: Callable[[Platform], Any], words: str
+) -> None:
+    before = everything(platform.plane)
+    release = platform.release("refused", **values)
+    with meanwhile(platform):
+        done = release.install()
+        assert done.returncode != 0
+        assert words in done.stdout + done.stderr
+        assert release.claims == []
+        release.uninstall()
+    until_gone(platform.plane, before, 60)
+
+
+@pytest.mark.parametrize("name", WITH_A_POOL_OF_ITS_OWN)
+def test_a_real_api_server_admits_pool_and_node_class(plane: Plane, name: str) -> None:
+    for found in rendered(plane, name):
+        if found["kind"] in ("EC2NodeClass", "NodePool", "Queue", "StorageClass", "PersistentVolumeClaim"):
+            plane.api.apply(found, dry_run=True)
+
+
+def test_rules_of_the_node_class_are_the_real_ones(plane: Plane) -> None:
+    (node_class,) = (found for found in rendered(plane, "grpo") if found["kind"] == "EC2NodeClass")
+    node_class["spec"]["instanceProfile"] = "both"
+    with pytest.raises(ApiError, match="must specify exactly one of"):
+        plane.api.apply(node_class, dry_run=True)
+
+
+def rendered(plane: Plane, name: str) -> list[Object]:
+    """The objects of a values file as shipped."""
+    done = Release(plane, "default", "run").run("template", "run", str(CHART), "-f", str(TREE / f"values/{name}.yaml"))
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]

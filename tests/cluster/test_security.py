@@ -1,0 +1,68 @@
+"""What a run's account may do, and what a namespace that enforces `restricted` admits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.cluster.api import Api
+from tests.cluster.plane import Plane, until
+from tests.cluster.platform import Platform
+
+VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
+# What every account may do, by roles that Kubernetes itself binds: ask about itself.
+EVERYBODY = {
+    "selfsubjectaccessreviews.authorization.k8s.io",
+    "selfsubjectrulesreviews.authorization.k8s.io",
+    "selfsubjectreviews.authentication.k8s.io",
+}
+
+
+def test_the_trainers_account_may_do_nothing_once_it_runs(platform: Platform) -> None:
+    release = platform.release("account", preflight={"checks": ["config"]})
+    with release.installed():
+        until(release.running, 180, "the gang runs")
+        assert all(pod["spec"]["automountServiceAccountToken"] is False for pod in release.pods)
+        token = account_token(platform.plane, platform.namespace, "account")
+        assert allowed(platform.plane.api.with_token(token), platform.namespace) == set()
+
+
+def account_token(plane: Plane, namespace: str, account: str) -> str:
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    made = plane.api.create("serviceaccounts", request, namespace, sub=(account, "token"))
+    return str(made["status"]["token"])
+
+
+def allowed(account: Api, namespace: str) -> set[str]:
+    """`verb resource` of everything that the account may do in the namespace, but ask about itself."""
+    resources = [""] + [group["name"] for group in account.request("GET", "/apis")["groups"]]
+    asked = [
+        (verb, name, group)
+        for group in resources
+        for name in names(account, group)
+        if f"{name}.{group}" not in EVERYBODY
+        for verb in VERBS
+    ]
+
+    def may(question: tuple[str, str, str]) -> bool:
+        verb, name, group = question
+        resource, _, subresource = name.partition("/")
+        attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {**attributes, "subresource": subresource}},
+        }
+        answer = account.create("selfsubjectaccessreviews.authorization.k8s.io", review)
+        return bool(answer["status"]["allowed"])
+
+    assert len(asked) > 500
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(may, asked))
+    return {f"{verb} {name}.{group}" for (verb, name, group), yes in zip(asked, answers, strict=True) if yes}
+
+
+def names(api: Api, group: str) -> list[str]:
+    """Resources and subresources of an API group's preferred version."""
+    version = api.request("GET", f"/apis/{group}")["preferredVersion"]["groupVersion"] if group else ""
+    listed = api.request("GET", f"/apis/{version}" if group else "/api/v1")["resources"]
+    return [str(resource["name"]) for resource in listed]
