@@ -3,7 +3,7 @@
 Two things say that the folder is taken. The kernel's flock on `lock`, which a killed holder loses in the same instant,
 across nodes too where the file system carries it (Lustre mounted with `flock`, NFS). And a lease in the same file, with
 a beat that the holder moves on every few seconds: where flock ends at the node, or a node has died without the file
-server's knowing, a beat that stands still says that nobody holds it.
+server's knowing, which keeps its flock for minutes, a beat that stands still says that nobody holds it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LOCK = "lock"
 BEAT = 3.0  # seconds between two beats
 DEAD = 15.0  # seconds without a beat after which a holder on another machine is taken for dead
 POLL = 0.2
+UNREADABLE = "?"  # in the place of what a lease says
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -52,6 +53,7 @@ class Lock:
             "holder": secrets.token_hex(8),
         }
         self._file: int | None = None
+        self._has_flock = True  # the file system
         self._stop = threading.Event()
 
     def acquire(self) -> None:
@@ -68,9 +70,18 @@ class Lock:
             flocked, now = self._flock(), time.monotonic()
             if (seen := self._read()) != beat:
                 beat, since = seen, now
-            if flocked and (not beat or beat["machine"] == self._lease["machine"] or now - since >= DEAD):
+            # Of a holder on this machine the kernel knows whether it is there; of another only its beat tells.
+            far = bool(beat) and not (self._has_flock and beat["machine"] == self._lease["machine"])
+            dead = far and now - since >= DEAD
+            if flocked and (dead or not far):
                 break
-            if now - began >= self.patience + (DEAD if flocked else 0):
+            if now - began >= self.patience + (DEAD if far else 0):
+                if dead and beat["machine"] != UNREADABLE:
+                    self.warn(
+                        f"{self.path.parent}: {_holder(beat)} has given no sign for {now - since:.0f} s: taken for "
+                        "dead, though the file system still keeps its lock"
+                    )
+                    break
                 os.close(self._file)
                 self._file = None
                 raise CheckpointError(
@@ -120,10 +131,12 @@ class Lock:
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            self.warn(
-                f"{self.path.parent}: the file system has no flock ({error.strerror}), so a second run that is started "
-                "in the same seconds would not be noticed; mount it with flock"
-            )
+            if self._has_flock:
+                self.warn(
+                    f"{self.path.parent}: the file system has no flock ({error.strerror}), so a second run that is "
+                    "started in the same seconds would not be noticed; mount it with flock"
+                )
+            self._has_flock = False
         return True
 
     def _beat(self) -> None:
@@ -140,6 +153,7 @@ class Lock:
         assert self._file is not None
         content = json.dumps({**self._lease, "beat": beat}).encode()
         os.pwrite(self._file, content.ljust(512) + b"\n", 0)  # one length, so that no reader meets a mixture
+        os.fsync(self._file)  # NFS keeps what is written for half a minute, and a holder unheard of is taken for dead
 
     def _read(self) -> dict[str, Any]:
         """The lease as it stands; empty: nobody's."""
@@ -147,7 +161,7 @@ class Lock:
         try:
             found: dict[str, Any] = json.loads(content) if content else {}
         except ValueError:  # caught while it is written, or by a full disk
-            found = dict.fromkeys(("host", "pid", "since", "machine", "holder"), "?") | {"beat": content.hex()}
+            found = dict.fromkeys(("host", "pid", "since", "machine", "holder"), UNREADABLE) | {"beat": content.hex()}
         return found
 
 

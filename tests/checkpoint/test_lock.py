@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -127,3 +129,51 @@ def test_a_run_that_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: pyte
         lock.check()
     lock.release()
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node-7"  # it is that one's now
+
+
+def keep_flock(folder: Path, word: Connection) -> None:
+    """A file server that still keeps the flock of a node which is gone."""
+    with (folder / LOCK).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        word.send("kept")
+        word.recv()
+
+
+def test_a_lost_node_whose_flock_the_file_server_keeps_is_no_end_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEAD", 0.6)
+    elsewhere(tmp_path, 41)
+    word, theirs = FORK.Pipe()
+    server = FORK.Process(target=keep_flock, args=(tmp_path, theirs), daemon=True)
+    server.start()
+    try:
+        assert word.recv() == "kept"
+        said: list[str] = []
+        began = time.monotonic()
+        lock = taken(tmp_path, 0.4, said)
+        assert time.monotonic() - began >= 1.0  # the patience too: a holder that is there would have moved
+        assert "process 8 on node-7 since 2026-01-01 has given no sign for " in said[1]
+        lock.check()
+        lock.release()
+    finally:
+        server.kill()
+        server.join()
+
+
+def test_without_flock_a_run_on_the_same_machine_is_known_by_its_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(module, "DEAD", 1.0)
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    monkeypatch.setattr(module.fcntl, "flock", no_flock)
+    first = taken(tmp_path)
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=f"process {os.getpid()} on "):
+        taken(tmp_path, 0.5, said)
+    assert ["has no flock" in line for line in said] == [True, False]
+    first.release()
+    taken(tmp_path).release()
