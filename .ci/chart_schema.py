@@ -114,13 +114,13 @@ def _group(node: yaml.MappingNode, lines: list[str], path: tuple[str, ...]) -> d
 
 
 def _writable(node: Any) -> Any:
-    """A part of the run's schema, its text without characters that Helm can't write."""
+    """A part of the run's schema, its free text without characters that Helm can't write."""
     if isinstance(node, list):
         return [_writable(child) for child in node]
     if not isinstance(node, dict):
         return node
     found = {name: _writable(child) for name, child in node.items()}
-    if "string" in (found.get("type") or []) and "enum" not in found:
+    if "string" in (found.get("type") or []) and not {"enum", "pattern"} & set(found):
         found["pattern"] = f"^[^{UNWRITABLE}]*$"
     return found
 

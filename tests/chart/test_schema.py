@@ -72,6 +72,7 @@ def test_a_misspelt_key_anywhere_is_refused_with_its_path(
         ("training.method.name=ppo", "at '/training/method/name': value must be one of 'grpo', 'dpo'"),
         ("training.method.beta=0.1", "at '/training/method': additional properties 'beta' not allowed"),
         ("training.train.learning_rate=fast", "at '/training/train/learning_rate': got string, want number"),
+        ("training.checkpoint.save_every=10s", "at '/training/checkpoint/save_every': '10s' does not match pattern"),
         ("training.data=null", "at '/training/data': got null, want object"),
     ],
 )
@@ -79,6 +80,12 @@ def test_a_wrong_value_is_refused_with_its_path(helm: str, setting: str, said: s
     done = run(helm, "template", "run-042", CHART, "-f", GRPO, "--set", setting)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_text_that_has_a_form_keeps_it() -> None:
+    """The pattern of free text would take its place: minutes are the one form yet."""
+    done = run("helm4", "template", "run-042", CHART, "-f", GRPO, "--set", "training.checkpoint.save_every=10m")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("helm", HELMS)
