@@ -7,6 +7,7 @@
 {{- if .Values.clusterChecks.enabled -}}
 {{- if .Values.nodePool.create -}}
 {{- include "tuning.cluster.scheduler" . -}}
+{{- include "tuning.cluster.efa" . -}}
 {{- else -}}
 {{- include "tuning.cluster.slots" . -}}
 {{- end -}}
@@ -65,6 +66,26 @@
 {{- end -}}
 {{- end }}
 
+{{/* EFA's plugin tolerates no taint by itself; a node that never reports its devices is paid for and never used. */}}
+{{- define "tuning.cluster.efa" -}}
+{{- if ne (include "tuning.pod.efa" .) "0" -}}
+{{- range $set := (lookup "apps/v1" "DaemonSet" "" "").items -}}
+{{- range $taint := contains "efa-k8s-device-plugin" $set.metadata.name | ternary $.Values.nodePool.taints list -}}
+{{- $tolerated := eq $taint.effect "PreferNoSchedule" -}}
+{{- range dig "spec" "template" "spec" "tolerations" list $set -}}
+{{- $same := or (eq (get . "operator") "Exists") (eq (get . "value") (get $taint "value")) -}}
+{{- if and $same (has (get . "key") (list "" $taint.key)) (has (get . "effect") (list "" $taint.effect)) -}}
+{{- $tolerated = true -}}
+{{- end -}}
+{{- end -}}
+{{- if not $tolerated -}}
+{{- fail (printf "DaemonSet %s/%s: got no toleration of %s:%s (nodePool.taints), expected one: nodes would be bought and never report their EFA devices; give tolerations in the values of its chart" $set.metadata.namespace $set.metadata.name $taint.key $taint.effect) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* A pool that is there gives nodes to slots only if it names their label. */}}
 {{- define "tuning.cluster.slots" -}}
 {{- $label := .Values.gang.slotLabel -}}
@@ -97,7 +118,7 @@
 {{- fail "cluster: got no CSIDriver fsx.csi.aws.com, expected the FSx CSI driver; install aws-fsx-csi-driver 1.9 or later, or give storage.existingClaim" -}}
 {{- end -}}
 {{- if and (eq $mode "dynamic") (ne (dig "spec" "fsGroupPolicy" "" $driver) "File") -}}
-{{- fail (printf "CSIDriver fsx.csi.aws.com: got fsGroupPolicy %q, expected File: a new file system is root's, and the pods run as user %d; set it in the driver's chart" (dig "spec" "fsGroupPolicy" "" $driver) (int .Values.security.runAsUser)) -}}
+{{- fail (printf "CSIDriver fsx.csi.aws.com: got fsGroupPolicy %q, expected File: a new file system is root's, and the pods run as user %d; set csidriver.fsGroupPolicy: File in the driver's chart" (dig "spec" "fsGroupPolicy" "" $driver) (int .Values.security.runAsUser)) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -112,7 +133,7 @@
 {{- define "tuning.cluster.unchanged" -}}
 {{- $job := lookup "batch.volcano.sh/v1alpha1" "Job" .Release.Namespace .Release.Name -}}
 {{- if not $job -}}
-{{- fail (printf "upgrade: got no Job %s: the run has ended, and an upgrade would start it anew; uninstall the release, or install another" .Release.Name) -}}
+{{- fail (printf "upgrade: got no Job %s: the run has ended, or was never started, and an upgrade would start it unchecked; uninstall the release, or install another" .Release.Name) -}}
 {{- end -}}
 {{- $annotations := dig "metadata" "annotations" (dict) $job -}}
 {{- if ne (get $annotations "preference-tuning/frozen") (include "tuning.frozen" . | sha256sum) -}}

@@ -22,12 +22,17 @@
 {{ mulf $values.nodes $values.gpusPerNode (eq .end "low" | ternary $values.cost.gpuHour.low $values.cost.gpuHour.high) $hours }}
 {{- end }}
 
-{{/* Dollars for the file system that comes with the release, while a run lasts; a month has 730 hours. */}}
+{{/* Dollars for a day of the file system that comes with the release; a month has 730 hours. */}}
+{{- define "tuning.cost.fsxDay" -}}
+{{ divf (mulf .Values.storage.fsx.capacityGiB .Values.cost.fsxGBMonth 24) 730 }}
+{{- end }}
+
+{{/* Dollars for that file system while a run lasts. */}}
 {{- define "tuning.cost.fsx" -}}
 {{- $values := .root.Values -}}
 {{- if eq (include "tuning.storage.mode" .root) "dynamic" -}}
 {{- $hours := eq .end "low" | ternary $values.cost.hours.low $values.cost.hours.high -}}
-{{ divf (mulf $values.storage.fsx.capacityGiB $values.cost.fsxGBMonth $hours) 730 }}
+{{ divf (mulf (include "tuning.cost.fsxDay" .root | float64) $hours) 24 }}
 {{- else -}}
 0
 {{- end -}}

@@ -141,6 +141,7 @@ fitted beside another that waits, and no node is made. */}}
 {{- end }}
 {{- if ne (include "tuning.pod.efa" .root) "0" }}
 - {name: FI_EFA_USE_HUGE_PAGE, value: "0"}
+- {name: NCCL_NET, value: Libfabric} # EFA's plugin or none: NCCL would go on over TCP without a word
 {{- end }}
 {{- end }}
 

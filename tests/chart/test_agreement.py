@@ -11,14 +11,20 @@ from entrypoint.errors import EXIT_REFUSED
 from entrypoint.launch.topology import DEFAULT_PORT
 from entrypoint.preflight.__main__ import CHECKS, DEADLINE
 from entrypoint.preflight.queue import SCHEDULER_CONFIG
-from tests.chart.helm import CHART, template
+from tests.chart.helm import CHART, run, template
 from tests.process import ROOT
 
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 
 
 def test_a_pod_lives_longer_than_its_program_takes_to_save() -> None:
-    assert DEFAULTS["gang"]["gracePeriodSeconds"] >= Checkpoint().grace_seconds + 15
+    least = Checkpoint().grace_seconds + 15
+    assert DEFAULTS["gang"]["gracePeriodSeconds"] >= least
+    for given, refused in ((least, False), (least - 1, True)):
+        done = run(
+            "helm4", "template", CHART, "-f", ROOT / "values/grpo.yaml", "--set", f"gang.gracePeriodSeconds={given}"
+        )
+        assert (done.returncode != 0) == refused, done.stderr
 
 
 def test_preflights_checks_deadline_and_place_of_the_schedulers_configuration_are_the_programs() -> None:

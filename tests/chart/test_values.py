@@ -129,7 +129,9 @@ def test_the_readme_is_the_one_that_helm_docs_writes(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((CHART / name).read_bytes())
     done = run("helm-docs", "--chart-search-root", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "README.md").read_text() == (CHART / "README.md").read_text(), "`make chart-readme` writes it"
+    readme = (CHART / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == readme, "`make chart-readme` writes it"
+    assert re.findall(r"^\|.*\|\s*\|$", readme, re.M) == [], "a `--` inside a description ends it for helm-docs"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".ci/tools").glob("*/go.*")), ids=lambda path: path.parent.name)
