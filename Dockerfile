@@ -1,6 +1,6 @@
 # check=skip=InvalidDefaultArgInFrom
-# The trainer's image (target gpu) and a small machine's (target cpu: preflight, and a run without a GPU on what the
-# image carries: /opt/demo/traces, /opt/demo/model).
+# The trainer's image (target gpu) and one for nodes without a GPU (target cpu: preflight, and a run on what the image
+# carries: /opt/demo/traces, /opt/demo/model).
 #
 #   docker build --target cpu --build-arg PYTHON_DIGEST=sha256:… .
 #   docker build --target gpu --build-arg PYTHON_DIGEST=sha256:… --build-arg GPU_DIGEST=sha256:… .
