@@ -5,8 +5,10 @@
 {{- include "tuning.cluster.kinds" . -}}
 {{- include "tuning.cluster.subnet" . -}}
 {{- if .Values.clusterChecks.enabled -}}
-{{- if .Values.nodePool.create -}}
+{{- if .Values.gang.slotLabel -}}
 {{- include "tuning.cluster.scheduler" . -}}
+{{- end -}}
+{{- if .Values.nodePool.create -}}
 {{- include "tuning.cluster.efa" . -}}
 {{- else -}}
 {{- include "tuning.cluster.slots" . -}}
