@@ -12,7 +12,8 @@ the node's launcher). Rank 0 writes them, and each node's launcher an `end` wher
 
 How a start ended:
 
-    stopped    a notice was recorded, or it ended with 75, or with whatever code after a signal to stop
+    stopped    a notice was recorded, or it ended with 75, or with whatever code after a signal to stop; the first of
+               its ends counts: a scheduler that restarts all pods after a crash tells the others to stop
     crash      a launcher saw a rank crash: an exception, a signal, a kill -9 for want of memory
     lost       no end, or only that other ranks were lost (76): a machine that went without notice. It may also be a
                container that was killed as a whole, so it is a third of a crash where crashes are counted
@@ -66,9 +67,14 @@ class Attempt:
             return "refused"
         if EXIT_DONE in codes:
             return "done"
-        if EXIT_STOPPED in codes or self.named("notice") or any(end.get("told") for end in self.ends):
+        if self.named("notice"):
             return "stopped"
-        return "crash" if any(code != EXIT_LOST for code in codes) else "lost"
+        for end in self.ends:
+            if end.get("told") or end.get("code") == EXIT_STOPPED:
+                return "stopped"
+            if end.get("code") != EXIT_LOST:
+                return "crash"
+        return "lost"
 
     @property
     def saved(self) -> int:

@@ -43,6 +43,9 @@ def test_how_a_start_ended(tmp_path: Path) -> None:
         end("d", 75),
         end("d", 75, node=0),
         end("e", 1, node=0, told=True),  # a crash that a notice made
+        start("e2"),
+        end("e3", 1, node=1, error="a bug"),  # at which the scheduler ends the other pods
+        end("e2", 76, node=0, told=True),
         start("f"),
         end("f", 76, node=0),
         start("g"),  # cut off
@@ -52,7 +55,7 @@ def test_how_a_start_ended(tmp_path: Path) -> None:
     )
     with (tmp_path / STORY).open("a") as file:
         file.write('{"event": "start", "ru')
-    hows = ["crash", "crash", "stopped", "stopped", "stopped", "lost", "lost", "refused"]
+    hows = ["crash", "crash", "stopped", "stopped", "stopped", "crash", "lost", "lost", "refused"]
     assert [attempt.how for attempt in story.attempts()] == hows
     story.append("end", code=0)  # a torn line harms neither the one before nor the one after
     assert [attempt.how for attempt in story.attempts()][-1] == "done"
