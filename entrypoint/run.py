@@ -18,11 +18,12 @@ import transformers
 from entrypoint.checkpoint.schedule import Schedule
 from entrypoint.conf import Data, Run
 from entrypoint.data.report import Counts
-from entrypoint.errors import EXIT_DONE, RunError, StoppedError
+from entrypoint.errors import EXIT_DONE, CheckpointError, RunError, StoppedError
 from entrypoint.inspection.advice import MANY_EPOCHS
 from entrypoint.load import Loaded, load, load_model
 from entrypoint.save import save
 from entrypoint.session import Session
+from entrypoint.storage import explained
 from entrypoint.story import Story
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.build import Plan, build_trainer, compute_dtype, pad_id, plan
@@ -146,7 +147,8 @@ def _tracker(run: Run, loaded: Loaded, steps: Plan, world: World) -> Tracker | N
     made: list[Tracker] = []
 
     def make() -> None:
-        made.append(Tracker(run, resumed_at=loaded.resume_step, total_steps=steps.steps))
+        with explained(str(run.checkpoint.path), CheckpointError):
+            made.append(Tracker(run, resumed_at=loaded.resume_step, total_steps=steps.steps))
 
     world.once(make)
     return made[0] if made else None

@@ -17,7 +17,7 @@ from entrypoint.data.groups import Float32, Groups, Int64
 from entrypoint.errors import ConfigError
 from entrypoint.load import Loaded
 from entrypoint.sharing.check import settle
-from entrypoint.storage import write_atomically
+from entrypoint.storage import note
 from entrypoint.story import Story
 from entrypoint.tracking.tracker import Tracker
 from entrypoint.training.batches import Cost
@@ -31,7 +31,7 @@ from entrypoint.watch import SHORTLY
 from entrypoint.world import World
 
 CHECKED = 3  # responses to one prompt that are computed both ways at the start
-BEFORE = "before.json"  # the base model's metrics: a resumed run can't measure them again
+BEFORE = "before.json"  # the base model's metrics: a restart need not measure them again
 
 
 @dataclass
@@ -73,9 +73,8 @@ class Session:
         known = self.world.once(self._read_before)
         self.before = known if known is not None else self.evaluate(model)
         if self.world.is_main and known is None:
-            path = self.loaded.checkpoints.folder / BEFORE
             said = {**self._judged(), "metrics": self.before}
-            write_atomically(path, json.dumps(said).encode())
+            note(self.loaded.checkpoints.folder / BEFORE, json.dumps(said).encode(), self.world.warn)
         if self.tracker:
             self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
 
@@ -188,11 +187,11 @@ class Session:
             bare.train(training)
 
     def _read_before(self) -> dict[str, float] | None:
-        path = self.loaded.checkpoints.folder / BEFORE
-        if not path.exists():
+        try:
+            said = json.loads((self.loaded.checkpoints.folder / BEFORE).read_text())
+            metrics: dict[str, float] = said.pop("metrics")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged: measured again
             return None
-        said = json.loads(path.read_text())
-        metrics: dict[str, float] = said.pop("metrics")
         return metrics if said == self._judged() else None
 
     def _judged(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import IncompleteRead
 from pathlib import Path
@@ -165,6 +165,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def note(path: Path, content: bytes, warn: Callable[[str], None]) -> None:
+    """Write what a later start could find out again: where the disk takes nothing, a warning says so."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        warn(f"not kept, so the next start finds it out again: {explain(error, str(path))}")
 
 
 def sync(path: Path) -> None:

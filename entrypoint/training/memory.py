@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from entrypoint.data.groups import Groups
-from entrypoint.storage import write_atomically
+from entrypoint.storage import note
 from entrypoint.training.batches import Cost, StepSampler
 from entrypoint.world import World
 
@@ -160,13 +160,13 @@ def _name(device: torch.device) -> str:
 
 def _write(world: World, folder: Path, setting: dict[str, Any], tokens: int) -> None:
     if world.is_main:
-        write_atomically(folder / FILE, json.dumps({**setting, "tokens": tokens}).encode())
+        note(folder / FILE, json.dumps({**setting, "tokens": tokens}).encode(), world.warn)
 
 
 def _read(path: Path, setting: dict[str, Any]) -> int | None:
     try:
         said = json.loads(path.read_text())
         tokens: int = said.pop("tokens")
-    except (OSError, ValueError, KeyError, AttributeError):  # not there, or damaged: it is found again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged: it is found again
         return None
     return tokens if said == json.loads(json.dumps(setting)) else None

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from entrypoint.data.groups import Float32, Groups, Int64
+from entrypoint.errors import DataError
+from entrypoint.storage import explained
 from entrypoint.training.scoring import Scorer
 
 SCHEMA = pa.schema([("response", pa.int64()), ("log_probs", pa.list_(pa.float32()))])
@@ -62,6 +64,7 @@ class ReferenceLogProbs:
 
         Raises:
             StoppedError: told to stop; what was scored so far is kept, and a later pass goes on from there.
+            DataError: the disk does not take it.
         """
         world = scorer.world
         # Rank 0's listing for all: another run may be adding parts, and ranks must agree on what is missing.
@@ -91,9 +94,10 @@ class ReferenceLogProbs:
         table = pa.table([[r for r, _ in scored], [values for _, values in scored]], schema=SCHEMA)
         name = f"part-{scored[0][0]:012d}-{scored[-1][0]:012d}-{len(scored)}.arrow"
         partial = self.folder / f".{name}.{os.getpid()}"
-        with partial.open("wb") as raw:
-            with pa.ipc.new_file(raw, SCHEMA) as sink:
-                sink.write_table(table)
-            raw.flush()
-            os.fsync(raw.fileno())
-        partial.rename(self.folder / name)
+        with explained(str(partial), DataError):
+            with partial.open("wb") as raw:
+                with pa.ipc.new_file(raw, SCHEMA) as sink:
+                    sink.write_table(table)
+                raw.flush()
+                os.fsync(raw.fileno())
+            partial.rename(self.folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from entrypoint.data.groups import Groups
-from entrypoint.errors import StoppedError
+from entrypoint.errors import DataError, StoppedError
 from entrypoint.training import reference as reference_module
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.watch import NOTHING, STOP
@@ -105,3 +106,10 @@ def test_a_pass_that_is_told_to_stop_keeps_what_it_has_and_ends_with_the_same_bi
     assert 0 < missing < len(responses)
     assert compute(again, model, groups, responses) == missing
     assert all((again[response] == straight[response]).all() for response in responses)
+
+
+def test_a_disk_that_takes_no_part_ends_the_run_with_its_reason(model: Any, tmp_path: Path) -> None:
+    groups = ragged_groups(1)
+    (tmp_path / f".part-{0:012d}-{0:012d}-1.arrow.{os.getpid()}").mkdir()  # in the way
+    with pytest.raises(DataError, match="Is a directory"):
+        compute(ReferenceLogProbs(tmp_path), model, groups, [0])
