@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -128,7 +128,8 @@ class World:
     def part(self) -> None:
         """Leave in order, once for a run: rank 0, which holds the store, last."""
         if self.store is not None:
-            self._farewell("end")
+            with suppress(dist.DistError, RuntimeError):  # rank 0, and the store with it, did not wait that long
+                self._farewell("end")
 
     def agreed(self, wanted: int = NOTHING) -> int:
         """The most that any rank was told, or wants by itself, the same on all; one all-reduce of one number."""
