@@ -6,13 +6,15 @@ Order comes from the step, never from a file's time: a copy has other times.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from entrypoint.checkpoint.manifest import DamagedError, Manifest
 from entrypoint.checkpoint.writer import PARTIAL
 from entrypoint.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 def step_of(path: Path) -> int:
@@ -80,17 +82,26 @@ def remove_partial(folder: Path) -> None:
 def prune(folder: Path, *, keep: int, spare: Path | None) -> None:
     """Remove all but the newest `keep` and the best; called when the newest is complete.
 
-    The best is the one with the highest `best` of its manifest; of several the newest.
-
     Args:
         spare: one that is being read, such as by the mirror.
     """
-    old = checkpoints(folder)[keep:]
-    best = max(checkpoints(folder), key=lambda path: (_best(path), step_of(path)), default=None)
-    for path in old:
-        if path != spare and (path != best or _best(path) == float("-inf")):
+    there = checkpoints(folder)
+    stay = kept({path.name: best_of(Manifest.read, path) for path in there}, keep)
+    for path in there:
+        if path != spare and path.name not in stay:
             # Under a partial name first: what a kill leaves of it is not taken for damage.
             shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+
+
+def kept(best: Mapping[str, float | None], keep: int) -> set[str]:
+    """Which of these complete checkpoints stay: the newest `keep`, and the best, of several the newest.
+
+    Args:
+        best: how good each is, by name; None: it was not evaluated.
+    """
+    names = sorted(best, key=lambda name: step_of(Path(name)), reverse=True)
+    judged = {name: value for name in names if (value := best[name]) is not None}
+    return {*names[:keep], *([max(judged, key=judged.__getitem__)] if judged else [])}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -107,9 +118,9 @@ def free_name(path: Path, why: str) -> Path:
     return free
 
 
-def _best(path: Path) -> float:
+def best_of(read: Callable[[T], Manifest], of: T) -> float | None:
+    """How good a checkpoint is, by its manifest; None: not evaluated, or damaged."""
     try:
-        best = Manifest.read(path).best
+        return read(of).best
     except DamagedError:
-        best = None
-    return float("-inf") if best is None else best
+        return None

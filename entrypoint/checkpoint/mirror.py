@@ -24,7 +24,7 @@ class Mirror:
     Args:
         url: s3:// prefix of this run's own.
         endpoint_url: S3 endpoint, where it is not AWS's own.
-        keep: how many of the newest complete copies stay.
+        keep: how many of the newest complete copies stay; the best of all that were copied stays as well.
         warn: told in one line what went wrong, from any thread.
 
     Attributes:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrypoint.checkpoint.find import differences, free_name
+from entrypoint.checkpoint.find import best_of, differences, free_name, kept
 from entrypoint.checkpoint.manifest import MANIFEST, DamagedError, File, Manifest
 from entrypoint.errors import CheckpointError
 from entrypoint.storage import error_code, file_sha256, s3, sync, write_atomically
@@ -133,10 +133,10 @@ class Remote:
             self._sent.add(path)
 
     def prune(self, keep: int, spare: str) -> None:
-        """Remove all but the newest `keep` complete ones and `spare`, and what killed runs have left half copied."""
+        """Remove all but the newest `keep`, the best and `spare`, and what killed runs have left half copied."""
         there = self.list()
-        complete = sorted((name for name in there if MANIFEST in there[name]), reverse=True)
-        for name in {*there} - {*complete[:keep], spare}:
+        best = {name: best_of(self.manifest, name) for name in there if MANIFEST in there[name]}
+        for name in {*there} - {*kept(best, keep), spare}:
             for file in sorted(there[name], key=lambda file: file != MANIFEST):
                 self._fs.rm_file(f"{self.url}/{name}/{file}")
 

@@ -34,8 +34,8 @@ class Checkpoint:
     )
     mirror: str | None = key(
         None,
-        "s3:// prefix of this run's own; complete checkpoints are copied there in the background, and found there when "
-        "checkpoint.path holds none.",
+        "s3:// prefix of this run's own; complete checkpoints are copied there in the background, and taken from there "
+        "where checkpoint.path holds none as new.",
     )
     grace_seconds: int = key(
         120,

@@ -24,7 +24,7 @@ FINGERPRINT = {"train.seed": 42, "model": "ab12"}
 ENOUGH = 60  # seconds for what takes one
 
 
-def checkpoint(folder: Path, step: int, size: int = 1000) -> Path:
+def checkpoint(folder: Path, step: int, size: int = 1000, best: float | None = None) -> Path:
     """A complete checkpoint of two files, their content made from the step."""
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
@@ -33,7 +33,7 @@ def checkpoint(folder: Path, step: int, size: int = 1000) -> Path:
         content = hashlib.sha256(f"{name}{step}".encode()).digest() * (size // 32)
         (path / name).write_bytes(content)
         files[name] = File(len(content), hashlib.sha256(content).hexdigest())
-    Manifest(step, FINGERPRINT, None, files).write(path)
+    Manifest(step, FINGERPRINT, best, files).write(path)
     return path
 
 
@@ -76,6 +76,15 @@ def test_what_went_up_comes_down_the_same(place: Place, tmp_path: Path) -> None:
     assert contents(got) == contents(place.local / "step-00000300")
     assert [path.name for path in got.parent.iterdir()] == ["step-00000300"]
     assert place.warnings == []
+
+
+def test_the_best_copy_stays(place: Place) -> None:
+    mirror, stay = place.mirror(keep=1), []
+    for step, best in ((100, 0.8), (200, 0.9), (300, None), (400, 0.9), (500, 0.1)):
+        mirror.submit(checkpoint(place.local, step, best=best))
+        assert mirror.finish(ENOUGH)
+        stay.append(place.complete())
+    assert stay == [[100], [200], [200, 300], [400], [400, 500]]
 
 
 @pytest.mark.parametrize("seed", range(3))
