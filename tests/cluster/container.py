@@ -17,12 +17,10 @@ from tests.cluster.api import Object
 from tests.cluster.network import end_with_parent
 from tests.process import ROOT
 
-TREE = Path(os.environ.get("CLUSTER_TREE", ROOT))  # another work tree to test, with its own .venv
-
 # What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
-IMAGE = (str(TREE), sys.base_prefix)
+IMAGE = (str(ROOT), sys.base_prefix)
 IMAGE_ENVIRONMENT = {
-    "PATH": f"{TREE}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/tmp",
     "USER": "trainer",
     "LANG": "C.UTF-8",

@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 
 from tests.cluster.api import Object
-from tests.cluster.container import TREE
 from tests.cluster.plane import Plane
-from tests.process import scrubbed
+from tests.process import ROOT, scrubbed
 
-CHART = TREE / "chart"
+CHART = ROOT / "chart"
 VALUES = Path(__file__).parent / "values.yaml"
 HELMS = ("helm3", "helm4")
 
@@ -27,7 +26,7 @@ HELMS = ("helm3", "helm4")
 @cache
 def helm_binary(name: str) -> str:
     """The path of a pinned Helm, built where it is not in the cache."""
-    built = subprocess.run([TREE / ".ci/tools/build", name], check=True, stdout=subprocess.PIPE, text=True)
+    built = subprocess.run([ROOT / ".ci/tools/build", name], check=True, stdout=subprocess.PIPE, text=True)
     return built.stdout.strip()
 
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from tests.cluster.api import ApiError, Object
-from tests.cluster.container import TREE
 from tests.cluster.counts import INSTALLS
 from tests.cluster.helm import CHART, HELMS, Release, everything, seconds_since
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
 from tests.cluster.platform import Platform, apply_driver
+from tests.process import ROOT
 
 NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
 WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
@@ -133,6 +133,6 @@ def test_rules_of_the_node_class_are_the_real_ones(plane: Plane) -> None:
 
 def rendered(plane: Plane, name: str) -> list[Object]:
     """The objects of a values file as shipped."""
-    done = Release(plane, "default", "run").run("template", "run", str(CHART), "-f", str(TREE / f"values/{name}.yaml"))
+    done = Release(plane, "default", "run").run("template", "run", str(CHART), "-f", str(ROOT / f"values/{name}.yaml"))
     assert done.returncode == 0, done.stderr
     return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]
