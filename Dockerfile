@@ -2,8 +2,9 @@
 # The trainer's image (target gpu) and one for nodes without a GPU (target cpu: preflight, and a run on what the image
 # carries: /opt/demo/traces, /opt/demo/model).
 #
-#   docker build --target cpu --build-arg PYTHON_DIGEST=sha256:… .
-#   docker build --target gpu --build-arg PYTHON_DIGEST=sha256:… --build-arg GPU_DIGEST=sha256:… .
+#   docker build -t preference-tuning-cpu:0.1.0 --target cpu --build-arg PYTHON_DIGEST=sha256:… .
+#   docker build -t preference-tuning:0.1.0 --target gpu --build-arg PYTHON_DIGEST=sha256:… \
+#     --build-arg GPU_DIGEST=sha256:… .
 #
 # Bases are named by digest, and there is no default for one (hence the skipped check): `docker buildx imagetools
 # inspect NAME --format '{{.Manifest.Digest}}'` prints it. Python packages come by the locks' hashes; which index serves
