@@ -1,5 +1,6 @@
 """The story of a run over all of its starts: `story.jsonl` in checkpoint.path, one line an event, and what it says.
 
+    launch     node 0's ranks are about to be started
     start      attempt, resume_step, world_size, restart_count; reached and reached_at: the start before it got so far
     ready      step: the steps begin
     caught_up  step: the first one that is not a repetition
@@ -8,7 +9,8 @@
     end        code, step, error; from a launcher also its node, and whether it had been told to stop
 
 Each has `time` (seconds since 1970), `run` (whose story it is: a folder may see others) and `launch` (which start of
-the node's launcher). Rank 0 writes them, and each node's launcher an `end` where a rank of its own crashed.
+the node's launcher). Rank 0 writes them, node 0's launcher `launch` and an `end`, and each other node's an `end` where
+a rank of its own crashed.
 
 How a start ended:
 
@@ -19,7 +21,8 @@ How a start ended:
                container that was killed as a whole, so it is a third of a crash where crashes are counted
     done, refused
 
-A start that ended before rank 0 had looked at the checkpoints has no `start`; its crash is counted all the same.
+A start that ended before rank 0 had looked at the checkpoints has no `start`; that it crashed or was lost is counted
+all the same.
 """
 
 from __future__ import annotations
@@ -205,12 +208,19 @@ class Story:
     def attempts(self) -> list[Attempt]:
         """The starts of this run since it was last complete, in order; the newest may be under way."""
         found: list[Attempt] = []
+        launched: dict[str, Attempt] = {}
         for line in self._lines():
-            if line["event"] == "start" or not found or (line["event"] == "end" and _another(found[-1], line)):
-                found.append(Attempt())
-            if line["event"] == "start":
-                found[-1].start = line
-            (found[-1].ends if line["event"] == "end" else found[-1].events).append(line)
+            event, launch = line["event"], line["launch"]
+            attempt = launched.get(launch)  # a second run on the same folder writes between this one's lines
+            if attempt is None and found and event not in ("launch", "start"):
+                attempt = None if event == "end" and _another(found[-1], line) else found[-1]
+            if attempt is None or (event == "start" and attempt.start):
+                found.append(attempt := Attempt())
+            if launch:
+                launched[launch] = attempt
+            if event == "start":
+                attempt.start = line
+            (attempt.ends if event == "end" else attempt.events).append(line)
         done = [number for number, attempt in enumerate(found[:-1]) if attempt.how == "done"]
         return found[done[-1] + 1 :] if done else found
 

@@ -61,6 +61,30 @@ def test_how_a_start_ended(tmp_path: Path) -> None:
     assert [attempt.how for attempt in story.attempts()][-1] == "done"
 
 
+def test_a_container_killed_before_it_has_looked_at_the_checkpoints_is_lost(tmp_path: Path) -> None:
+    """Nine of them are a refusal; a run that is told so, or finds its output complete, leaves an end."""
+    launched: list[Line] = [{"event": "launch", "launch": name} for name in "abcdefghi"]
+    assert [attempt.how for attempt in told(tmp_path, *launched).attempts()] == ["lost"] * 9
+    with pytest.raises(RunError, match="9 starts in a row crashed"):
+        Restarts(told(tmp_path, *launched), 3, None).pause()
+    assert Restarts(told(tmp_path, *launched, end("i", 0, node=0)), 3, None).pause() == (0.0, "")
+    assert Restarts(told(tmp_path, *launched, end("i", 75, node=0)), 3, None).pause() == (0.0, "")
+
+
+def test_a_second_run_on_the_folder_takes_no_line_of_the_first(tmp_path: Path) -> None:
+    first, second = told(
+        tmp_path,
+        {"event": "launch", "launch": "a"},
+        start("a"),
+        {"event": "launch", "launch": "b"},
+        {"event": "saved", "launch": "a", "step": 7},
+        end("b", 64, node=0),
+        end("a", 1, node=0, error="a bug"),
+    ).attempts()
+    assert (first.how, first.saved, first.error) == ("crash", 7, "a bug")
+    assert (second.how, second.saved) == ("refused", 0)
+
+
 def crash(name: str) -> tuple[Line, Line]:
     return start(name), end(name, 1, node=0, error=f"error of {name}")
 

@@ -71,8 +71,10 @@ def launch(
     name = uuid.uuid4().hex
     if restarts:
         restarts.story.launch = name
-        if topology.node_rank == 0 and _told_in_pause(wakeup, *restarts.pause()):
-            return EXIT_STOPPED
+        if topology.node_rank == 0:
+            if _told_in_pause(wakeup, *restarts.pause()):
+                return EXIT_STOPPED
+            restarts.begin()
     gang = _Gang(grace, patience, kill_after)
     try:
         gang.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
@@ -84,7 +86,7 @@ def launch(
         verdict = combine(gang.verdicts)
     finally:
         gang.close()
-    if restarts and (verdict.crashed or (verdict.code == EXIT_STOPPED and topology.node_rank == 0)):
+    if restarts and (verdict.crashed or topology.node_rank == 0):
         restarts.note(verdict, topology, told=gang.stopping)
     if topology.nodes > 1 and not gang.stopping:
         if verdict.code == EXIT_STOPPED and verdict.hold:

@@ -66,6 +66,10 @@ class Restarts:
         count = len(row) if self.count is None else max(1, self.count)
         return min(LONGEST_PAUSE, 2.0 ** min(count, 10)), row[-1].error
 
+    def begin(self) -> None:
+        """Write down that ranks are started: a container that is killed as a whole leaves no other line."""
+        self.story.append("launch")
+
     def note(self, verdict: Verdict, topology: Topology, *, told: bool) -> None:
-        """Write down that this node's ranks crashed or stopped, and whether they had been `told` to stop."""
+        """Write down how this node's ranks ended, and whether they had been `told` to stop."""
         self.story.append("end", code=verdict.code, error=verdict.error, node=topology.node_rank, told=told)
