@@ -82,7 +82,7 @@ pytest: setup tools ## The tests alone; PYTEST_ARGS='-m "not slow"' leaves the l
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(strip $(WORKERS)) --dist loadgroup --maxschedchunk 1 --durations 15 $(PYTEST_ARGS)
 
 .PHONY: faults
-faults: setup tools ## The fault matrix, about an hour: runs that are killed, stopped and cut off; see docs/reliability.md.
+faults: setup tools ## The fault matrix: real runs killed, stopped and cut off at random moments; see docs/reliability.md.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults --tests $(FAULTS_ARGS)
 
 ##@ Build
