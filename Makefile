@@ -110,7 +110,7 @@ test-cluster-all: setup ## The same, each row as often as docs/cluster-proof.md 
 	@CLUSTER_COUNTS=all $(MAKE) --no-print-directory test-cluster
 
 .PHONY: faults
-faults: setup tools ## The fault matrix, about an hour: runs that are killed, stopped and cut off; see docs/reliability.md.
+faults: setup tools ## The fault matrix: real runs killed, stopped and cut off at random moments; see docs/reliability.md.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults --tests $(FAULTS_ARGS)
 
 ##@ Build

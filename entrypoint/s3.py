@@ -8,6 +8,7 @@ about `ATTEMPTS` times `READ_TIMEOUT` and the pauses between (four minutes), a c
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -31,6 +32,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two attempts: doubled 
 BODIES = 6  # how often s3fs asks again for a body that breaks off
 PART = 32 << 20  # bytes fetched in one request
 AT_ONCE = 8  # requests of one file on their way
+
+# Whoever awaits a request learns of its failure; the task in which aiohttp sends the body would tell the log once more,
+# with a traceback.
+logging.getLogger("asyncio").addFilter(lambda said: not said.getMessage().startswith("Task exception was never retr"))
 
 
 class S3(s3fs.S3FileSystem):  # type: ignore[misc]

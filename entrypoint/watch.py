@@ -142,7 +142,8 @@ class Watch:
             with contextlib.suppress(OSError):
                 os.write(2, f"entrypoint: {leaving.why}\n".encode())
         error = leaving.why if leaving.code == EXIT_LOST else ""
-        report(Verdict(leaving.code, hold=not self._stop, error=error, alone=self.peers is None))
+        alone = self._stop and leaving.code == EXIT_STOPPED
+        report(Verdict(leaving.code, hold=not self._stop, error=error, alone=alone))
         with contextlib.suppress(Exception):
             self.last_words(leaving.code)
         leave(leaving.code, TIDY)

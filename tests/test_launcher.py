@@ -112,6 +112,9 @@ def test_verdicts_combine_as_refusal_then_first_crash_then_stop_then_done() -> N
     assert code(76, 137) == 137
     assert code(0, 76, 75) == 76
     assert code(1, 75, 64) == 64
+    left, lost, killed = Verdict(75, alone=True), Verdict(76), Verdict(137)
+    assert combine([left, lost]).code == combine([lost, left]).code == 75
+    assert combine([left, lost, killed]).code == 137
 
 
 def test_a_node_holds_only_where_none_of_its_ranks_was_told() -> None:
@@ -265,10 +268,8 @@ def test_sigterm_before_a_rank_can_catch_it_is_a_stop_not_a_crash(launch: Launch
 
 
 @pytest.mark.parametrize("word", ["alone", "crash=75"])
-def test_a_notice_to_one_rank_before_the_ranks_have_met_is_one_to_all(
-    launch: Launch, tmp_path: Path, word: str
-) -> None:
-    """The others can't know: they would wait for it until the time-out, and call it lost."""
+def test_a_notice_to_one_rank_that_leaves_alone_is_one_to_all(launch: Launch, tmp_path: Path, word: str) -> None:
+    """Before the ranks have met the others can't know: they would wait for it until the time-out."""
     process = launch("0:catch,until=TERM,exit=75", f"1:wait=ready.0,{word}", ranks=2, patience=1000.0)
     assert end(process)[0] == 75
 

@@ -9,7 +9,7 @@ Every rank first writes FOLDER/started.RANK with its pid and environment. Then i
     ignore=NAME  ignore that signal                       wait=FILE wait for FOLDER/FILE
     touch=FILE   write FOLDER/FILE                        print=S, complain=S   a line on stdout, stderr
     flood=N      N long lines on stdout                   child     a child of its own; its pid goes to child.RANK
-    alone        75, before the ranks had met
+    alone        75, told and left without the others
     orphan       a grandchild whose parent leaves at once; it lives until FOLDER/orphan-may-leave is there
 """
 

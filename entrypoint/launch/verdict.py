@@ -26,7 +26,7 @@ class Verdict:
     Attributes:
         code: the exit code.
         hold: with 75: another node was told to stop, this one was not, so it is to leave later.
-        alone: with 75: it left before the ranks had met, so the others don't know.
+        alone: with 75: it was told and left at once, without the others' agreement; they may not know and call it lost.
         error: one line, where the code is a crash's.
     """
 
@@ -85,10 +85,12 @@ def parse(text: str) -> Verdict | None:
 def combine(verdicts: Iterable[Verdict]) -> Verdict:
     """One verdict of many, in the order in which they came: 64, else the first crash, else 75, else 0.
 
-    A crash counts before what the others say of a lost rank. A node holds where all of its ranks that stopped would.
+    A crash counts before what the others say of a lost rank, and so does a rank that was told and left without them.
+    A node holds where all of its ranks that stopped would.
     """
     verdicts = list(verdicts)
-    crashes = [verdict for verdict in verdicts if verdict.crashed]
+    explained = any(verdict.alone for verdict in verdicts)
+    crashes = [verdict for verdict in verdicts if verdict.crashed and not (explained and verdict.code == EXIT_LOST)]
     crashes.sort(key=lambda verdict: verdict.code == EXIT_LOST)  # stable
     refused = [verdict for verdict in verdicts if verdict.code == EXIT_REFUSED]
     stopped = [verdict for verdict in verdicts if verdict.code == EXIT_STOPPED]

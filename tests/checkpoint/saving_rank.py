@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from entrypoint.errors import RunError
@@ -29,11 +30,8 @@ class Fault:
 
     def begin(self) -> None:
         if self.kind == "full":
-            with self.filler.open("wb") as file:
-                try:
-                    while file.write(b"x" * 65536):
-                        file.flush()
-                except OSError:
+            with self.filler.open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(b"x" * 65536):
                     pass
             assert self.log is not None
             for step in (1, 2, 3):

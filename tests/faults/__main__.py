@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     report(tallies, options.seed, time.monotonic() - begun)
     failed = [case for tally in tallies.values() for case in tally.failed]
     print(f"{len(failed)} failed: {' '.join(failed)}; see {folder}" if failed else "all judged equal", flush=True)
-    code = run_tests(folder) if options.tests else 0
+    code = run_tests(folder) if options.tests and not options.case else 0
     if not failed:
         shutil.rmtree(folder)
     return 1 if failed else code
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", action="append", default=[], help="ROW:NUMBER, as it is printed")
     parser.add_argument("--rows", nargs="+", default=list(NAMED), choices=list(NAMED))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no case begins later")
-    parser.add_argument("--tests", action="store_true", help="the tests that show rows too")
+    parser.add_argument("--tests", action="store_true", help="the tests that show rows too, unless --case is given")
     parser.add_argument("--dir", help="where the runs are; default: the folder for temporary files")
     return parser.parse_args(argv)
 

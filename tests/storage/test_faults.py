@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -235,3 +237,19 @@ def test_refusals_keep_their_kind(stored: str, faults: FaultProxy, tmp_path: Pat
         find_files(f"s3://{stored}/nothing", faults.endpoint_url)
     with pytest.raises(ModelError, match="not found"):
         fetch_model(f"s3://{stored}/nothing", faults.endpoint_url, str(tmp_path), {})
+
+
+def test_a_connection_that_breaks_under_a_body_is_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """As aiohttp leaves it: the body is sent in a task whose failure nobody asks for."""
+
+    async def send() -> None:
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    async def request() -> None:
+        task = asyncio.ensure_future(send())
+        await asyncio.sleep(0)
+        del task
+
+    asyncio.run(request())
+    gc.collect()
+    assert caplog.records == []
