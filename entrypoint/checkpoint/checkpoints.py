@@ -24,7 +24,7 @@ from transformers import TrainerState
 from entrypoint.checkpoint import find, reader
 from entrypoint.checkpoint.manifest import DamagedError, Manifest
 from entrypoint.checkpoint.staging import Staging
-from entrypoint.checkpoint.state import get_place, get_state, set_state
+from entrypoint.checkpoint.state import get_place, get_state, own_share, set_state
 from entrypoint.checkpoint.writer import SaveRefused, Writer
 from entrypoint.errors import EXIT_STOPPED, CheckpointError, RunError
 from entrypoint.world import World
@@ -109,7 +109,8 @@ class Checkpoints:
             return
         if self._writer is None:
             self._writer = Writer(self.folder, self._group(), self.check)
-        staged = self._staging.copy(get_state(model, optimizer, rank=self.world.rank))
+        rank, size = self.world.rank, self.world.size
+        staged = self._staging.copy(own_share(get_state(model, optimizer, rank=rank), rank=rank, size=size))
         documents = {}
         if self.world.is_main:
             documents[SCHEDULER] = json.dumps(scheduler.state_dict())

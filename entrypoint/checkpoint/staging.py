@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 class Staging:
     """Copies a state into buffers that are allocated at the first copy and used again at each later one.
 
-    The buffers hold what this rank holds: under FSDP its own shard of weights and moments, without sharding all of it
-    on every rank (12 bytes a trained parameter: an fp32 weight and Adam's two moments). Where the state is on a GPU
-    they are page-locked, so that the device copies into them directly.
+    Those of all ranks together hold 12 bytes a trained parameter: an fp32 weight and Adam's two moments. Where the
+    state is on a GPU they are page-locked, so that the device copies into them directly.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from entrypoint.checkpoint import Saved, reader
 from entrypoint.checkpoint.manifest import MANIFEST, Manifest
+from entrypoint.checkpoint.state import own_share
 from entrypoint.errors import CheckpointError
 from tests.checkpoint.states import State, checkpoints
 from tests.e2e.runs import wait_until
@@ -87,6 +88,25 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         store.wait()
         kept.append([int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))])
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8]]
+
+
+def test_whole_tensors_are_one_rank_s_each_and_random_numbers_everyone_s() -> None:
+    """16, 12, 8 and 4 bytes: a to rank 0, b to rank 1, c to the lighter rank 1, the last to rank 0; 20 bytes each."""
+    groups = [{"lr": 0.1, "params": ["a"]}]
+    state = {
+        "model": {"c": torch.zeros(2), "a": torch.zeros(4), "b": torch.zeros(3)},
+        "optimizer": {"state": {"a": {"step": torch.zeros(())}}, "param_groups": groups},
+        "rng": {"0": {"cpu": torch.zeros(9)}},
+    }
+    first, second = (own_share(state, rank=rank, size=2) for rank in (0, 1))
+    assert [*first["model"]] == ["a"]
+    assert [*second["model"]] == ["c", "b"]
+    assert [*first["optimizer"]["state"]["a"]] == ["step"]
+    assert second["optimizer"]["state"]["a"] == {}
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"] == groups
+    assert [*first["rng"]["0"]] == [*second["rng"]["0"]] == ["cpu"]
+    alone = own_share(state, rank=0, size=1)
+    assert [*alone["model"]] == ["c", "a", "b"]
 
 
 def test_a_kill_in_the_middle_of_a_save_costs_that_save(tmp_path: Path) -> None:
