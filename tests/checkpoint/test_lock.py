@@ -169,7 +169,7 @@ def test_without_flock_a_run_on_the_same_machine_is_known_by_its_beat(
 
     monkeypatch.setattr(module, "DEAD", 1.0)
     monkeypatch.setattr(module, "BEAT", 0.05)
-    monkeypatch.setattr(module.fcntl, "flock", no_flock)
+    monkeypatch.setattr(fcntl, "flock", no_flock)
     first = taken(tmp_path)
     said: list[str] = []
     with pytest.raises(CheckpointError, match=f"process {os.getpid()} on "):

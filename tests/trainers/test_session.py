@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from entrypoint import storage
 from entrypoint.session import BEFORE, Session
 from entrypoint.storage import note
 
@@ -37,7 +37,7 @@ def test_a_full_disk_costs_a_note_and_a_warning(tmp_path: Path, monkeypatch: pyt
 
     said: list[str] = []
     note(tmp_path / BEFORE, b"1", said.append)
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     note(tmp_path / BEFORE, b"2", said.append)
     assert len(said) == 1
     assert said[0].startswith("not kept, so the next start finds it out again: ")
