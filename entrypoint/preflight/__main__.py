@@ -24,6 +24,7 @@ from entrypoint.storage import temporary
 
 DEADLINE = 240.0  # seconds; Helm gives a hook 300, and those count from before the pod's image is there
 CLEAN_UP = 5.0  # seconds beyond the deadline, for a check to remove what it has written
+AGAIN = 0.01  # seconds: Python drops what a signal raises while an object is removed; then it is raised once more
 CHECKS = ("config", "data", "model", "checkpoint", "mirror", "output")
 USAGE = f"""\
 Tries what a run needs before it is paid for. Nothing is trained; what it writes it removes.
@@ -187,12 +188,19 @@ class Preflight:
     @contextmanager
     def _bounded(self) -> Iterator[None]:
         """End the block at the deadline, or when told to; as process 1 it would not even hear SIGTERM otherwise."""
-        deadline = self.options.deadline
+        deadline, why = self.options.deadline, ""
 
         def end(signum: int, frame: FrameType | None) -> None:
-            raise Ended(
-                f"not done after {deadline:g} s" if signum == signal.SIGALRM else "told to stop before it was done"
-            )
+            nonlocal why
+            by_clock = f"not done after {deadline:g} s"
+            why = why or (by_clock if signum == signal.SIGALRM else "told to stop before it was done")
+            raise Ended(why)
+
+        def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+            if isinstance(unraisable.exc_value, Ended):
+                signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            else:
+                hook(unraisable)
 
         def give_up() -> None:
             say_failed(self.now, RunError(f"hangs, {deadline:g} s after its start"))
@@ -202,6 +210,7 @@ class Preflight:
         last = threading.Timer(deadline + CLEAN_UP, give_up)
         last.daemon = True
         before = {signum: signal.signal(signum, end) for signum in (signal.SIGALRM, signal.SIGTERM)}
+        hook, sys.unraisablehook = sys.unraisablehook, dropped
         last.start()
         signal.setitimer(signal.ITIMER_REAL, deadline)
         try:
@@ -209,6 +218,7 @@ class Preflight:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             last.cancel()
+            sys.unraisablehook = hook
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
