@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,14 @@ from tests.servers.server import free_port
 
 TMPFS = "mount -t tmpfs -o size=8m tmpfs {folder} && {ranks}"
 RANK = "RANK={rank} LOCAL_RANK={rank} {python} -m tests.checkpoint.saving_rank {folder} {fault}"
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users may enter: pytest's own lie in one that only its owner may."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def save(folder: Path, fault: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -49,9 +59,8 @@ def save(folder: Path, fault: str, ranks: int = 1) -> subprocess.CompletedProces
         ("permission", 1, "permission denied to user "),
     ],
 )
-def test_training_goes_on_with_the_older_checkpoint(tmp_path: Path, fault: str, ranks: int, says: str) -> None:
-    tmp_path.chmod(0o755)
-    ended = save(tmp_path / "disk", fault, ranks)
+def test_training_goes_on_with_the_older_checkpoint(shared: Path, fault: str, ranks: int, says: str) -> None:
+    ended = save(shared / "disk", fault, ranks)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert [line for line in ended.stdout.splitlines() if "metrics" not in line] == [
         "1: step-00000001, newest 1",
@@ -67,12 +76,12 @@ def test_training_goes_on_with_the_older_checkpoint(tmp_path: Path, fault: str, 
     assert says in warning
     assert warning.endswith("training goes on, and a crash would now go back to step 1")
     if fault == "permission":
-        assert newest(tmp_path / "disk", RUN, above=2, warn=print) == tmp_path / "disk" / "step-00000003"
+        assert newest(shared / "disk", RUN, above=2, warn=print) == shared / "disk" / "step-00000003"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_can_save_nothing_ends_with_its_reason(tmp_path: Path, ranks: int) -> None:
-    ended = save(tmp_path / "disk", "first-full", ranks)
+def test_a_run_that_can_save_nothing_ends_with_its_reason(shared: Path, ranks: int) -> None:
+    ended = save(shared / "disk", "first-full", ranks)
     assert ended.returncode == 64, ended.stderr[-3000:]
     assert "step 1 can't be saved, and there is no older checkpoint: " in ended.stderr
     assert "the disk is full" in ended.stderr
