@@ -178,6 +178,8 @@ def train(session: Session) -> None:
             hold=session.world.watch.told != STOP,
         )
     session.after = session.evaluate()
+    if session.tracker:
+        session.tracker.log_held_out(session.plan.steps, session.after)
 
 
 def _finish_mirror(session: Session) -> None:

@@ -76,7 +76,7 @@ class Session:
             said = {**self._judged(), "metrics": self.before}
             note(self.loaded.checkpoints.folder / BEFORE, json.dumps(said).encode(), self.world.warn)
         if self.tracker:
-            self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
+            self.tracker.log_held_out(0, self.before)
 
     def evaluate(self, model: nn.Module | None = None) -> dict[str, float]:
         """Held-out metrics of the policy as it is; empty where nothing is held out. All ranks come together."""
