@@ -109,14 +109,14 @@ def _become(request: Request) -> None:
     """`python -m entrypoint <argv>`, to its end."""
     from entrypoint.__main__ import leave_early
     from entrypoint.command import main
-    from entrypoint.launch import launcher
+    from entrypoint.launch import gang
 
     def start_rank(
         module: str, argv: Sequence[str], environ: Mapping[str, str], rank: int, output: Any, inherited: Collection[int]
     ) -> Any:
         return _forked_rank(request, argv, environ, rank, output, inherited)
 
-    launcher.start_rank = start_rank  # type: ignore[attr-defined]
+    gang.start_rank = start_rank  # type: ignore[attr-defined]
     _set_environment(request.env)
     signal.signal(signal.SIGTERM, leave_early)
     signal.signal(signal.SIGINT, leave_early)
