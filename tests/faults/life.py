@@ -59,7 +59,9 @@ class Life:
     def out(self) -> Path:
         return self.output or self.folder / "out"
 
-    def start(self, *, ranks: int | None = None, real: bool = False, clock: float = 0.0) -> Start:
+    def start(
+        self, *, ranks: int | None = None, real: bool = False, clock: float = 0.0, patience: float | None = None
+    ) -> Start:
         """Start the run; `real`: by its command, whose ranks spend most of their time in imports."""
         self.starts += 1
         # RESTART_COUNT: the pause after a crash is the shortest, two seconds, however often this run has crashed.
@@ -75,7 +77,7 @@ class Life:
                     command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
         else:
-            process = self.zygote.start(Request(argv, env, str(logs[0]), str(logs[1]), self.fsdp, clock))
+            process = self.zygote.start(Request(argv, env, str(logs[0]), str(logs[1]), self.fsdp, clock, patience))
         return Start(self, process, logs, begun)
 
     def events(self, name: str) -> int:
