@@ -34,6 +34,10 @@ class CheckpointError(RunError):
     """The checkpoints, or an output that stands at `output.path`, can't be used by this run."""
 
 
+class LockedError(CheckpointError):
+    """Another run holds the checkpoint folder: this start never had it."""
+
+
 class DivergedError(RunError):
     """The optimisation has left the region where its numbers mean anything."""
 

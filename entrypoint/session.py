@@ -133,10 +133,12 @@ class Session:
 
         def compute(responses: list[int]) -> None:
             bare.train()  # activations are recomputed in training alone
-            with self.trainer.accelerator.autocast():
-                out = bare(**inputs(sequences(groups, np.array(responses)), self.pad, device))
-            out.log_probs.sum().backward()
-            bare.zero_grad(set_to_none=True)
+            try:
+                with self.trainer.accelerator.autocast():
+                    out = bare(**inputs(sequences(groups, np.array(responses)), self.pad, device))
+                out.log_probs.sum().backward()
+            finally:
+                bare.zero_grad(set_to_none=True)
 
         self.plan.sampler.budget = find_budget(
             compute,
@@ -145,6 +147,7 @@ class Session:
             parameters=sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained),
             device=device,
             world=self.world,
+            collective=self.trainer.is_fsdp_enabled,
             folder=self.loaded.checkpoints.folder,
             setting={
                 "fingerprint": self.loaded.fingerprint,

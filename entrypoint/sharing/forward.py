@@ -90,7 +90,9 @@ class SharedPrompts:
             return torch.nn.functional.pad(torch.from_numpy(values), (0, extra), value=fill).to(device)[None]
 
         mask = masks(self._config, layout, device, model.dtype)
-        scored, place = (torch.from_numpy(where).to(device) for where in (layout.scored, layout.place))
+        scored, place, source = (
+            torch.from_numpy(where).to(device) for where in (layout.scored, layout.place, layout.source)
+        )
         options = {"output_router_logits": True} if router else {}
         with _between(model.base_model, mask, scored):
             out = self._plain(
@@ -106,9 +108,12 @@ class SharedPrompts:
         for name in FIELDS:
             found = getattr(out, name)
             if found is not None:
-                spread = found.new_zeros(shape[0] * shape[1]).index_put((place,), found[0])
+                spread = found.new_zeros(shape[0] * shape[1]).index_put((place,), found[0].index_select(0, source))
                 setattr(out, name, spread.view(shape))
         out.label_mask = labels[:, 1:] != -100
+        out.loss = -out.log_probs.sum() / len(place)  # the head's is a mean over what it computed
+        if router:
+            out.loss = out.loss + getattr(self._config, "router_aux_loss_coef", 0.0) * out.aux_loss
         return out
 
 

@@ -135,6 +135,7 @@ ROWS = (
         "one wins, the other says who holds it: 64",
         cases.two,
         count=10,
+        small=(0,),
         tests=(
             f"{LOCK}::test_the_second_run_says_who_holds_the_folder_and_leaves",
             f"{LOCK}::test_a_killed_holder_is_no_obstacle",
