@@ -50,6 +50,7 @@ class Told:
     after_the_loss: str  # stdout of the start that found an empty disk
     published: list[str]  # what was at output.path when that start was killed there
     unwritten: Ended
+    evaluated: list[int]  # the steps whose evaluation was written down when that start had ended
     last: Ended
     faults: int
 
@@ -114,9 +115,10 @@ def told(scene: Scene, s3: S3Server) -> Told:
         "503" if method == "PUT" and path.endswith(f"/out/{WEIGHTS}") else weather(n, method, path)
     )
     unwritten = run.start().end()
+    evaluated = [*unwritten.curve("held_out/accuracy")]
     proxy.plan = weather
     last = run.start(real=True).end()  # the command itself, with all that it imports on the way
-    return Told(outage, mirrored, after_the_loss, published, unwritten, last, sum(proxy.injected.values()))
+    return Told(outage, mirrored, after_the_loss, published, unwritten, evaluated, last, sum(proxy.injected.values()))
 
 
 def test_an_outage_at_the_start_ends_with_75_in_one_line(told: Told) -> None:
@@ -140,6 +142,7 @@ def test_a_result_that_was_cut_off_is_not_seen_and_not_lost(told: Told) -> None:
     assert told.unwritten.code == 75, told.unwritten.err
     assert "the final model was not written" in told.unwritten.last_word
     assert "Traceback" not in told.unwritten.err
+    assert told.evaluated[-1] == STEPS  # a kill after run.json is too late to write it
 
 
 def test_the_end_is_the_straight_runs(told: Told, scene: Scene) -> None:
