@@ -296,7 +296,7 @@ def test_a_node_that_was_not_told_holds_and_then_leaves_by_itself(launch: Launch
     assert held.poll() is None
     code, _, err = end(held)
     assert code == 75
-    assert "another node was told to stop, this one was not: it holds, saved, for up to 3 s" in err
+    assert "the reason to stop is another node's: this node holds, for up to 3 s" in err
     assert time.monotonic() - begun >= 3
 
 

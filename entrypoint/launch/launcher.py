@@ -105,7 +105,7 @@ def _hold_time(verdict: Verdict, topology: Topology, hold: float) -> tuple[float
     Nothing says whether the other nodes end for the same reason in the same instant: a bug that every rank meets in
     one step, a storage that is away for all. So each has a moment of its own: node i of n leaves at i/n of `hold`
     where its own ranks ended, half a share later where it has only lost another's, and at the end of `hold` where
-    another was told to stop. After 0 and 64 nothing is started again.
+    another was told to stop, or could not reach its storage. After 0 and 64 nothing is started again.
     """
     node, share = topology.node_rank, hold / topology.nodes
     if topology.nodes == 1 or verdict.code in (EXIT_DONE, EXIT_REFUSED):
@@ -113,7 +113,7 @@ def _hold_time(verdict: Verdict, topology: Topology, hold: float) -> tuple[float
     if verdict.code == EXIT_LOST:
         return share * (node + 0.5), "a rank of another node crashed or is lost: this node holds"
     if verdict.code == EXIT_STOPPED and verdict.hold:
-        return hold, "another node was told to stop, this one was not: it holds, saved"
+        return hold, "the reason to stop is another node's: this node holds"
     return share * node, "other nodes may have ended in the same instant: this node holds"
 
 

@@ -171,7 +171,7 @@ def test_the_node_that_was_told_leaves_first_and_the_other_holds(scene: Scene) -
     held = first.end()
     seconds = time.monotonic() - left
     assert (told.code, held.code) == (75, 75), told.err + held.err
-    assert "it holds, saved, for up to 8 s" in held.err
+    assert "this node holds, for up to 8 s" in held.err
     assert "holds" not in told.err
     assert hold - 2 <= seconds <= hold + SLACK  # both ranks had saved before either left
     (notice,) = events(shared, "notice")
