@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_REFUSED, EXIT_STOPPED
-from entrypoint.launch.gang import STOP_SIGNALS, Gang, say
+from entrypoint.launch.ranks import STOP_SIGNALS, Ranks, say
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.launch.restarts import Restarts
 from entrypoint.launch.topology import Topology, read_topology
@@ -72,21 +72,21 @@ def launch(
             if _told_in_pause(wakeup, *restarts.pause()):
                 return EXIT_STOPPED
             restarts.begin()
-    gang = Gang(grace, patience, kill_after)
+    ranks = Ranks(grace, patience, kill_after)
     try:
-        gang.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
-        while gang.running:
-            for signum in _wait(wakeup, gang):
-                gang.forward(signum)
-            gang.reap()
-            gang.enforce()
-        verdict = combine(gang.verdicts)
+        ranks.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
+        while ranks.running:
+            for signum in _wait(wakeup, ranks):
+                ranks.forward(signum)
+            ranks.reap()
+            ranks.enforce()
+        verdict = combine(ranks.verdicts)
     finally:
-        gang.close()
+        ranks.close()
     if restarts and (verdict.crashed or topology.node_rank == 0):
-        restarts.note(verdict, topology, told=gang.stopping)
+        restarts.note(verdict, topology, told=ranks.stopping)
     seconds, why = _hold_time(verdict, topology, hold)
-    if seconds and not gang.stopping:
+    if seconds and not ranks.stopping:
         say(f"{why}, for up to {seconds:g} s")
         _told_within(wakeup, seconds)
     return verdict.code
@@ -126,9 +126,9 @@ def _told_within(wakeup: int, seconds: float) -> bool:
     return False
 
 
-def _wait(wakeup: int, gang: Gang) -> list[int]:
+def _wait(wakeup: int, ranks: Ranks) -> list[int]:
     """Wait for a signal, a verdict or the next deadline; returns the signals to forward, in order."""
-    ready, _, _ = select.select([wakeup, *gang.verdict_fds()], [], [], gang.wait_time())
+    ready, _, _ = select.select([wakeup, *ranks.verdict_fds()], [], [], ranks.wait_time())
     numbers = os.read(wakeup, 4096) if wakeup in ready else b""
     return [number for number in numbers if number != signal.SIGCHLD]
 

@@ -110,14 +110,14 @@ def _become(request: Request) -> None:
     """`python -m entrypoint <argv>`, to its end."""
     from entrypoint import command
     from entrypoint.__main__ import leave_early
-    from entrypoint.launch import gang
+    from entrypoint.launch import ranks
 
     def start_rank(
         module: str, argv: Sequence[str], environ: Mapping[str, str], rank: int, output: Any, inherited: Collection[int]
     ) -> Any:
         return _forked_rank(request, argv, environ, rank, output, inherited)
 
-    gang.start_rank = start_rank  # type: ignore[attr-defined]
+    ranks.start_rank = start_rank  # type: ignore[attr-defined]
     if (seconds := request.patience) is not None:
         command.launch = functools.partial(command.launch, patience=seconds, kill_after=seconds)  # type: ignore[attr-defined]
     _set_environment(request.env)

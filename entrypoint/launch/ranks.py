@@ -1,4 +1,4 @@
-"""Gang: the ranks of one node, from their start to the last one's end."""
+"""Ranks: those of one node, from their start to the last one's end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIDY = 2.0  # seconds for what the ranks leave behind (such as Python's resource
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # each is forwarded once: a second one changes nothing
 
 
-class Gang:
+class Ranks:
     """The ranks of this node; owns all children of the process.
 
     Args:
