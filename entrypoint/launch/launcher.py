@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_REFUSED, EXIT_STOPPED
-from entrypoint.launch.ranks import STOP_SIGNALS, Ranks, say
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
+from entrypoint.launch.ranks import STOP_SIGNALS, Ranks, say
 from entrypoint.launch.restarts import Restarts
 from entrypoint.launch.topology import Topology, read_topology
 from entrypoint.launch.verdict import Verdict, combine
