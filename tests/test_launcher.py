@@ -390,6 +390,16 @@ def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:
     assert "starting again" not in end(launch("0:exit=0"))[2]
 
 
+def test_a_crash_before_the_notice_is_one(launch: Launch, tmp_path: Path) -> None:
+    """A scheduler tells a node to stop because another has ended, before its last rank has."""
+    process = launch("0:fail=boom", "1:catch,until=TERM,exit=75", ranks=2)
+    files(tmp_path, "ready.1")
+    wait_reaped(pid_of(tmp_path, 0))
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert "the last start crashed (boom)" in end(launch("0:exit=0"))[2]
+
+
 def test_ranks_die_with_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
     process = launch("*:ignore=TERM,wait=never", ranks=3)
     files(tmp_path, "ready.0", "ready.1", "ready.2")

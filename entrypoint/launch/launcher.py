@@ -84,7 +84,7 @@ def launch(
     finally:
         ranks.close()
     if restarts and (verdict.crashed or topology.node_rank == 0):
-        restarts.note(verdict, topology, told=ranks.stopping)
+        restarts.note(verdict, topology, told=ranks.told)
     seconds, why = _hold_time(verdict, topology, hold)
     if seconds and not ranks.stopping:
         say(f"{why}, for up to {seconds:g} s")

@@ -28,11 +28,13 @@ class Ranks:
 
     Attributes:
         verdicts: in the order of ending.
+        told: whether the first signal to stop came before anything had broken here.
     """
 
     def __init__(self, grace: float, patience: float, kill_after: float) -> None:
         self.ranks: list[RankProcess] = []
         self.verdicts: list[Verdict] = []
+        self.told = False
         self._grace, self._patience, self._kill_after = grace, patience, kill_after
         self._grace_ends: float | None = None  # monotonic seconds; set by a signal to stop
         self._output = Output()
@@ -69,11 +71,19 @@ class Ranks:
             if signum in self._forwarded:
                 return
             self._forwarded.add(signum)
-            self._grace_ends = self._grace_ends or time.monotonic() + self._grace
+            if self._grace_ends is None:
+                self._grace_ends = time.monotonic() + self._grace
+                self.told = not any(verdict.crashed for verdict in self._known())
             told = f"{len(self.running)} ranks are told" if len(self.running) > 1 else "the rank is told"
             say(f"{signal.Signals(signum).name}: {told}; waiting for them to save and leave")
         for rank in self.running:
             rank.kill(signum)
+
+    def _known(self) -> list[Verdict]:
+        """The verdicts so far, and what the ranks that still run have reported."""
+        for rank in self.running:
+            rank.read_verdict()
+        return [*self.verdicts, *(rank.reported for rank in self.running if rank.reported is not None)]
 
     def reap(self) -> None:
         """Collect every child that has ended, orphans included, and what the ranks have reported."""
