@@ -52,6 +52,12 @@ class Ranks:
         """Whether a signal said to stop."""
         return self._grace_ends is not None
 
+    @property
+    def killed_alone(self) -> bool:
+        """Whether a rank was killed, or killed itself by a fault, and another was not."""
+        killed = sum(verdict.code > 128 for verdict in self.verdicts)
+        return 0 < killed < len(self.ranks)
+
     def start(self, module: str, argv: Sequence[str], environ: Mapping[str, str], topology: Topology) -> None:
         """Start `python -m module argv` for each rank of this node."""
         base = {"PYTHONUNBUFFERED": "1", **environ}
@@ -105,12 +111,13 @@ class Ranks:
             self.verdicts.append(rank.reported)
         elif how < 0 and -how in self._forwarded:
             say(f"rank {rank.rank} left before its first step, with nothing new to save; start the same command again")
-            self.verdicts.append(Verdict(EXIT_STOPPED))  # told before it could catch the signal: nothing is broken
+            self.verdicts.append(Verdict(EXIT_STOPPED))  # before it could catch the signal: nothing is broken
         elif how < 0 and self._told:
             return  # our own doing: what made us do it is in the verdict already
         else:
             by = f"was killed by {signal.Signals(-how).name}" if how < 0 else f"ended with {code}"
-            self.verdicts.append(Verdict(code, error=f"rank {rank.rank} {by}"))
+            told = code == EXIT_STOPPED  # before its imports: later it would have reported
+            self.verdicts.append(Verdict(code, told=told, error=f"rank {rank.rank} {by}"))
         verdict = self.verdicts[-1]
         if verdict.code == EXIT_STOPPED and (rank.reported is None or verdict.alone) and self.running:
             self.forward(signal.SIGTERM)  # they would wait for it until the time-out, and call it lost
