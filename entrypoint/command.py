@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import NoReturn
 
 from entrypoint.config import load
@@ -12,7 +13,7 @@ from entrypoint.errors import EXIT_DONE, RunError
 from entrypoint.launch.launcher import launch
 from entrypoint.launch.restarts import Restarts
 from entrypoint.launch.verdict import Verdict, leave, report
-from entrypoint.watch import Watch
+from entrypoint.watch import STOP, Watch
 
 TIDY = 15.0  # seconds for what was registered for the end of a rank's process
 
@@ -52,7 +53,7 @@ def be_rank(argv: list[str]) -> NoReturn:
     except Exception as error:
         failure = error
     watch.close()  # where the watch is ending the process, what breaks here is its doing, and its word the last
-    verdict = said(failure)
+    verdict = replace(said(failure), told=watch.told == STOP)
     report(verdict)
     leave(verdict.code, TIDY)
 

@@ -16,6 +16,7 @@ class RunError(Exception):
     exit_code = EXIT_REFUSED
     by_all = False  # raised by every rank alike: one of each node says it
     hold = False  # the reason to stop is another node's, which leaves first
+    sudden = False  # raised where the others may stand anywhere in a collective: they hear of it through the store
 
 
 class ConfigError(RunError):
@@ -65,6 +66,14 @@ class StoppedError(RunError):
     def __init__(self, line: str, *, hold: bool = False) -> None:
         super().__init__(line)
         self.hold = hold
+
+
+class TooLargeError(RunError):
+    """A forward pass that was tried has run out of memory in a collective: the next start takes one that fits."""
+
+    exit_code = EXIT_STOPPED
+    by_all = True
+    sudden = True
 
 
 class LostRankError(RunError):

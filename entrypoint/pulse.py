@@ -49,7 +49,7 @@ class Pulse:
 
     def news(self, passed: float, *, told: bool) -> Leaving | None:
         """Why this rank is to leave: another has said so, or was not heard of for too long."""
-        if self._closed.is_set():
+        if self._closed.is_set() or self._own is not None:  # it leaves in order, or for the reason that it told
             return None
         self._clock += min(passed, 1.0)
         if self._heard:

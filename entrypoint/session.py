@@ -149,6 +149,7 @@ class Session:
             world=self.world,
             collective=self.trainer.is_fsdp_enabled,
             folder=self.loaded.checkpoints.folder,
+            broke_off=self.story is not None and self.story.broke_off(),
             setting={
                 "fingerprint": self.loaded.fingerprint,
                 "precision": compute_dtype(self.run.train),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +159,7 @@ def explained(url: str, kind: type[RunError], *, local: Path | None = None) -> I
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name, fsync, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")  # pids of containers repeat
     try:
         with open(partial, "wb") as file:
             file.write(content)

@@ -153,6 +153,10 @@ class Story:
         """The starts of this run since it was last complete, in order; the newest may be under way."""
         return read_attempts(self.folder / STORY, self._run)
 
+    def broke_off(self) -> bool:
+        """Whether the start before this one crashed, or ended without a word; read by a start that is under way."""
+        return any(attempt.how in ("crash", "lost") for attempt in self.attempts()[-2:-1])
+
     def summary(self) -> dict[str, Any]:
         """What `run.json` says of the run's way here; see docs/metrics.md. Read by a start that is under way."""
         return summary(self.attempts())

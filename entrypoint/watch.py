@@ -143,7 +143,7 @@ class Watch:
                 os.write(2, f"entrypoint: {leaving.why}\n".encode())
         error = leaving.why if leaving.code == EXIT_LOST else ""
         alone = self._stop and leaving.code == EXIT_STOPPED
-        report(Verdict(leaving.code, hold=not self._stop, error=error, alone=alone))
+        report(Verdict(leaving.code, hold=not self._stop, told=self._stop, error=error, alone=alone))
         with contextlib.suppress(Exception):
             self.last_words(leaving.code)
         leave(leaving.code, TIDY)

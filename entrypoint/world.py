@@ -180,7 +180,7 @@ def joined(collective_timeout: int, watch: Watch | None = None) -> Iterator[Worl
 
     Raises:
         LostRankError: another rank never came, or was lost on the way.
-        StoppedError: another rank was told to stop before the first step.
+        StoppedError: another rank has left so before the first step.
     """
     watch = watch or Watch()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -211,9 +211,12 @@ def joined(collective_timeout: int, watch: Watch | None = None) -> Iterator[Worl
         pulse.close()
         dist.destroy_process_group()
         world.part()
-    except RunError:
-        pulse.close()
-        world.part()
+    except RunError as error:
+        if error.sudden:
+            pulse.announce(Leaving(error.exit_code, str(error)))
+        else:
+            pulse.close()
+            world.part()
         raise
     except Exception as error:
         raise _broken(error, world, pulse) from error
@@ -246,10 +249,7 @@ def _broken(error: Exception, world: World, pulse: Pulse) -> Exception:
     communication = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
     heard = pulse.listen(HEARSAY) if communication else None
     if heard and heard.code == EXIT_STOPPED:
-        return StoppedError(
-            "another rank was told to stop before the first step; start the same command again to go on",
-            hold=world.watch.told != STOP,
-        )
+        return StoppedError(heard.why, hold=world.watch.told != STOP)
     if heard or communication:
         return LostRankError(heard.why if heard else f"another rank is lost: {_line(error)}")
     pulse.announce(Leaving(EXIT_LOST, f"rank {world.rank} crashed: {type(error).__name__}: {_line(error)}; leaving"))

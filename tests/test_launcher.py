@@ -345,6 +345,24 @@ def test_a_node_whose_ranks_crashed_ends_its_hold_when_it_is_told(launch: Launch
     assert "the last start crashed (boom)" in end(launch("0:exit=0", hold="0"))[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("told", "exit=76"), 76),  # the rank alone was told, not the launcher
+        (("told", "hold"), 75),
+        (("alone", "alone"), 75),
+        (("crash=75", "crash=75"), 75),  # told before its imports
+        (("die=KILL", "exit=76"), 137),
+        (("die=SEGV", "wait=never"), 139),
+    ],
+)
+def test_a_node_with_a_reason_of_its_own_does_not_hold(launch: Launch, words: tuple[str, str], code: int) -> None:
+    """A notice to one of its ranks, or a kill of one, is not what all nodes meet in one instant."""
+    process = launch(f"2:{words[0]}", f"3:{words[1]}", **NODES, NODE_RANK="1", ranks=2, patience=0.2, hold="600")
+    ended, _, err = end(process)
+    assert (ended, "holds" in err) == (code, False)
+
+
 def test_a_lone_node_does_not_hold(launch: Launch) -> None:
     for word, code in (("hold", 75), ("exit=76", 76), ("crash=1", 1)):
         assert end(launch(f"0:{word}", hold="600"))[0] == code
@@ -388,6 +406,16 @@ def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 1
     assert "starting again" not in end(launch("0:exit=0"))[2]
+
+
+def test_a_crash_before_the_notice_is_one(launch: Launch, tmp_path: Path) -> None:
+    """A scheduler tells a node to stop because another has ended, before its last rank has."""
+    process = launch("0:fail=boom", "1:catch,until=TERM,exit=75", ranks=2)
+    files(tmp_path, "started.0", "ready.1")
+    wait_reaped(pid_of(tmp_path, 0))
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert "the last start crashed (boom)" in end(launch("0:exit=0"))[2]
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ def be_rank(rank: int, environ: dict[str, str], folder: Path, word: str) -> None
                 world.each(stay if world.rank == 1 else lambda: "")
             elif word == "collective":
                 stay() if world.rank == 1 else dist.all_reduce(torch.ones(1))
-            elif word == "crash" and world.rank == 1:
+            elif word == f"crash {world.rank}":
                 raise ValueError("boom")
-            elif word == "crash":
+            else:
                 stay()
     except RunError as error:
         print(f"entrypoint: {error}", file=sys.stderr)
@@ -151,7 +151,11 @@ def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
         assert [left(tmp_path, ranks, rank, SLACK * 2) for rank in range(2)] == [(0, ""), (0, "")]
 
 
-def test_the_others_learn_of_a_crash_and_need_not_wait_for_the_time_out(tmp_path: Path) -> None:
-    with two_ranks(tmp_path, "crash") as ranks:
-        assert left(tmp_path, ranks, 1, SLACK)[0] == 1
-        assert left(tmp_path, ranks, 0, SLACK) == (76, "entrypoint: rank 1 crashed: ValueError: boom; leaving")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_learn_of_a_crash_and_need_not_wait_for_the_time_out(tmp_path: Path, victim: int) -> None:
+    """The one that crashes leaves as such: what it has announced itself is no news to it."""
+    with two_ranks(tmp_path, f"crash {victim}") as ranks:
+        assert left(tmp_path, ranks, victim, SLACK)[0] == 1
+        assert left(tmp_path, ranks, 1 - victim, SLACK) == (
+            *(76, f"entrypoint: rank {victim} crashed: ValueError: boom; leaving"),
+        )

@@ -62,6 +62,13 @@ def test_how_a_start_ended(tmp_path: Path) -> None:
     assert [attempt.how for attempt in story.attempts()][-1] == "done"
 
 
+def test_whether_the_start_before_this_one_broke_off(tmp_path: Path) -> None:
+    """A crash, or no word at all, which may have been a kill for want of memory; a notice is neither."""
+    for ends, broke_off in (([], True), ([end("a", 1, node=0)], True), ([end("a", 75)], False)):
+        assert told(tmp_path, start("a"), *ends, start("b")).broke_off() == broke_off
+    assert not told(tmp_path, start("a")).broke_off()
+
+
 def test_a_container_killed_before_it_has_looked_at_the_checkpoints_is_lost(tmp_path: Path) -> None:
     """Nine of them are a refusal; a run that is told so, or finds its output complete, leaves an end."""
     launched: list[Line] = [{"event": "launch", "launch": name} for name in "abcdefghi"]

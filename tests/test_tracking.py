@@ -215,13 +215,21 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     tags = {"base_model": "/models/base", "method": "dpo", "iteration": "3", "date": "2026-11-23T06:00:00+00:00"}
     assert version.tags == tags
     assert tags.items() <= done.data.tags.items()
-    # As if a kill had come between the output and its registration: the next start registers it, once.
+    # As if a kill had come between the output, after which nothing is logged, and MLflow: the next start sends the last
+    # metrics and registers the model, once.
     client.delete_model_version("tuned", version.version)
+    with open(tmp_path / "checkpoints" / "metrics.jsonl", "a") as file:
+        last = {"held_out/margin": 0.5, "held_out/loss": None}
+        file.write(json.dumps({"step": 40, "epoch": None, "time": "", "metrics": last}) + "\n")
     for _ in range(2):
         finish_again(run, {**RECORD, "training": {"steps": 40}})
     (again,) = client.search_model_versions("name='tuned'")
     assert (again.source, again.run_id, again.tags) == (version.source, version.run_id, tags)
-    assert client.get_run(done.info.run_id).info.status == "FINISHED"
+    finished = client.get_run(done.info.run_id)
+    assert finished.info.status == "FINISHED"
+    assert finished.data.metrics == {**done.data.metrics, "held_out/margin": 0.5}
+    for name, steps in (("loss", [0, 10, 20, 30, 40]), ("held_out/margin", [40]), ("held_out/accuracy", [40])):
+        assert [point.step for point in client.get_metric_history(done.info.run_id, name)] == steps
     # Where the folder was deleted there is nothing to do.
     finish_again(run_of(tmp_path / "deleted", mlflow_uri=mlflow_server.uri), RECORD)
     assert not (tmp_path / "deleted").exists()

@@ -9,7 +9,7 @@ Every rank first writes FOLDER/started.RANK with its pid and environment. Then i
     ignore=NAME  ignore that signal                       wait=FILE wait for FOLDER/FILE
     touch=FILE   write FOLDER/FILE                        print=S, complain=S   a line on stdout, stderr
     flood=N      N long lines on stdout                   child     a child of its own; its pid goes to child.RANK
-    alone        75, told and left without the others
+    told         75, told as the others were            alone     75, told and left without them
     orphan       a grandchild whose parent leaves at once; it lives until FOLDER/orphan-may-leave is there
 """
 
@@ -57,8 +57,8 @@ def act(folder: Path, word: str, value: str) -> None:
         case "hold":
             report(Verdict(75, hold=True))
             sys.exit(75)
-        case "alone":
-            report(Verdict(75, alone=True))
+        case "told" | "alone":
+            report(Verdict(75, told=True, alone=word == "alone"))
             sys.exit(75)
         case "fail":
             report(Verdict(1, error=value))

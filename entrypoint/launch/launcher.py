@@ -84,8 +84,8 @@ def launch(
     finally:
         ranks.close()
     if restarts and (verdict.crashed or topology.node_rank == 0):
-        restarts.note(verdict, topology, told=ranks.stopping)
-    seconds, why = _hold_time(verdict, topology, hold)
+        restarts.note(verdict, topology, told=ranks.told)
+    seconds, why = _hold_time(verdict, topology, hold, one=ranks.killed_alone)
     if seconds and not ranks.stopping:
         say(f"{why}, for up to {seconds:g} s")
         _told_within(wakeup, seconds)
@@ -99,16 +99,19 @@ def _told_in_pause(wakeup: int, seconds: float, why: str) -> bool:
     return seconds > 0 and _told_within(wakeup, seconds)
 
 
-def _hold_time(verdict: Verdict, topology: Topology, hold: float) -> tuple[float, str]:
+def _hold_time(verdict: Verdict, topology: Topology, hold: float, *, one: bool) -> tuple[float, str]:
     """Seconds that a node which was not told to stop stays before it ends, and why.
 
     Nothing says whether the other nodes end for the same reason in the same instant: a bug that every rank meets in
     one step, a storage that is away for all. So each has a moment of its own: node i of n leaves at i/n of `hold`
     where its own ranks ended, half a share later where it has only lost another's, and at the end of `hold` where
-    another was told to stop, or could not reach its storage. After 0 and 64 nothing is started again.
+    another was told to stop, or could not reach its storage. After 0 and 64 nothing is started again. A node that
+    was told is the first to leave, and so is one of whose ranks `one` was killed: that is no end that all nodes meet.
     """
     node, share = topology.node_rank, hold / topology.nodes
-    if topology.nodes == 1 or verdict.code in (EXIT_DONE, EXIT_REFUSED):
+    if topology.nodes == 1 or verdict.told or verdict.code in (EXIT_DONE, EXIT_REFUSED):
+        return 0.0, ""
+    if one and verdict.code > 128:
         return 0.0, ""
     if verdict.code == EXIT_LOST:
         return share * (node + 0.5), "a rank of another node crashed or is lost: this node holds"

@@ -28,11 +28,13 @@ class Ranks:
 
     Attributes:
         verdicts: in the order of ending.
+        told: whether the first signal to stop came before anything had broken here.
     """
 
     def __init__(self, grace: float, patience: float, kill_after: float) -> None:
         self.ranks: list[RankProcess] = []
         self.verdicts: list[Verdict] = []
+        self.told = False
         self._grace, self._patience, self._kill_after = grace, patience, kill_after
         self._grace_ends: float | None = None  # monotonic seconds; set by a signal to stop
         self._output = Output()
@@ -49,6 +51,12 @@ class Ranks:
     def stopping(self) -> bool:
         """Whether a signal said to stop."""
         return self._grace_ends is not None
+
+    @property
+    def killed_alone(self) -> bool:
+        """Whether a rank was killed, or killed itself by a fault, and another was not."""
+        killed = sum(verdict.code > 128 for verdict in self.verdicts)
+        return 0 < killed < len(self.ranks)
 
     def start(self, module: str, argv: Sequence[str], environ: Mapping[str, str], topology: Topology) -> None:
         """Start `python -m module argv` for each rank of this node."""
@@ -69,11 +77,19 @@ class Ranks:
             if signum in self._forwarded:
                 return
             self._forwarded.add(signum)
-            self._grace_ends = self._grace_ends or time.monotonic() + self._grace
+            if self._grace_ends is None:
+                self._grace_ends = time.monotonic() + self._grace
+                self.told = not any(verdict.crashed for verdict in self._known())
             told = f"{len(self.running)} ranks are told" if len(self.running) > 1 else "the rank is told"
             say(f"{signal.Signals(signum).name}: {told}; waiting for them to save and leave")
         for rank in self.running:
             rank.kill(signum)
+
+    def _known(self) -> list[Verdict]:
+        """The verdicts so far, and what the ranks that still run have reported."""
+        for rank in self.running:
+            rank.read_verdict()
+        return [*self.verdicts, *(rank.reported for rank in self.running if rank.reported is not None)]
 
     def reap(self) -> None:
         """Collect every child that has ended, orphans included, and what the ranks have reported."""
@@ -95,12 +111,13 @@ class Ranks:
             self.verdicts.append(rank.reported)
         elif how < 0 and -how in self._forwarded:
             say(f"rank {rank.rank} left before its first step, with nothing new to save; start the same command again")
-            self.verdicts.append(Verdict(EXIT_STOPPED))  # told before it could catch the signal: nothing is broken
+            self.verdicts.append(Verdict(EXIT_STOPPED))  # before it could catch the signal: nothing is broken
         elif how < 0 and self._told:
             return  # our own doing: what made us do it is in the verdict already
         else:
             by = f"was killed by {signal.Signals(-how).name}" if how < 0 else f"ended with {code}"
-            self.verdicts.append(Verdict(code, error=f"rank {rank.rank} {by}"))
+            told = code == EXIT_STOPPED  # before its imports: later it would have reported
+            self.verdicts.append(Verdict(code, told=told, error=f"rank {rank.rank} {by}"))
         verdict = self.verdicts[-1]
         if verdict.code == EXIT_STOPPED and (rank.reported is None or verdict.alone) and self.running:
             self.forward(signal.SIGTERM)  # they would wait for it until the time-out, and call it lost

@@ -26,12 +26,14 @@ class Verdict:
     Attributes:
         code: the exit code.
         hold: with 75: the reason is another node's, which is to leave first.
+        told: this rank, or one of its node, was told to stop.
         alone: with 75: it was told and left at once, without the others' agreement; they may not know and call it lost.
         error: one line, where the code is a crash's.
     """
 
     code: int
     hold: bool = False
+    told: bool = False
     error: str = ""
     alone: bool = False
 
@@ -94,6 +96,9 @@ def combine(verdicts: Iterable[Verdict]) -> Verdict:
     crashes.sort(key=lambda verdict: verdict.code == EXIT_LOST)  # stable
     refused = [verdict for verdict in verdicts if verdict.code == EXIT_REFUSED]
     stopped = [verdict for verdict in verdicts if verdict.code == EXIT_STOPPED]
+    told = any(verdict.told for verdict in verdicts)
     if first := [*refused, *crashes]:
-        return first[0]
-    return Verdict(EXIT_STOPPED, hold=all(verdict.hold for verdict in stopped)) if stopped else Verdict(EXIT_DONE)
+        return replace(first[0], told=told)
+    if stopped:
+        return Verdict(EXIT_STOPPED, hold=all(verdict.hold for verdict in stopped), told=told)
+    return Verdict(EXIT_DONE)

@@ -78,6 +78,10 @@ class MetricsLog:
         """Whether a metric of this step is there whose name begins so."""
         return any(at == step and any(name.startswith(prefix) for name in names) for at, names in self._there)
 
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that are there."""
+        return read_metrics(self._path)
+
     def close(self) -> None:
         """Close both; what the disk still does not take is lost then."""
         for closes in (self._file.close, self._board.close):

@@ -43,6 +43,9 @@ class MlflowRun:
         resumed: whether steps are done already: then an unreachable server is no refusal.
         fresh: whether to begin a new MLflow run in any case.
 
+    Attributes:
+        reached: whether the server was there, so that it is known what it has.
+
     Raises:
         ConfigError: the server can't be reached or refuses, and no step is done yet.
     """
@@ -69,9 +72,10 @@ class MlflowRun:
         self._failures, self._dropped, self._closed = 0, 0, False
         self._outage = False  # whether it was said that metrics don't get through
         known = None if fresh else self.known(folder, uri)
-        self.run_id = known or ""  # empty: there is none
+        self.run_id, self.reached = known or "", False  # an empty id: there is none
         try:
             self.run_id = self._open(experiment, name, known, parameters)
+            self.reached = True
         except Exception as error:  # requests', MLflow's and the operating system's
             if not resumed:
                 raise ConfigError(
@@ -93,7 +97,7 @@ class MlflowRun:
             return None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Have metrics sent; returns at once. A resumed run's repeated steps are not sent twice."""
+        """Have metrics sent; returns at once. What the server had at the start is not sent twice."""
         from mlflow.entities import Metric
 
         if not self.run_id:

@@ -48,6 +48,10 @@ class Tracker:
                 fresh=fresh,
             )
         self._log = MetricsLog(folder, resumed_at=resumed_at, fresh=fresh)
+        if self._mlflow and self._mlflow.reached:
+            for line in self._log.read():  # a start that was killed may not have sent all of them
+                finite = {name: value for name, value in line["metrics"].items() if value is not None}
+                self._mlflow.log(line["step"], finite)
         write_atomically(folder / RUN_FILE, json.dumps({"run": name}).encode())
         self._progress = Progress(total=total_steps, done=resumed_at)
         self._closed = False
@@ -78,7 +82,7 @@ class Tracker:
         return self._log.holds(step, HELD_OUT)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Register the model. All metrics are written before: once the output is complete, no start comes after a kill.
+        """Register the model and end the MLflow run; where a kill comes before, `finish_again` does.
 
         Args:
             record: run.json.
@@ -101,6 +105,8 @@ class Tracker:
 
 def finish_again(run: Run, record: Mapping[str, Any]) -> None:
     """Finish the tracking of a complete output: the start that wrote it may have been killed before it had.
+
+    Its last metrics are in metrics.jsonl, written before the output, and go to MLflow from there.
 
     Args:
         record: its run.json.

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from entrypoint.data.groups import Groups
-from entrypoint.storage import note
+from entrypoint.errors import TooLargeError
+from entrypoint.storage import note, write_atomically
 from entrypoint.training.batches import Cost, StepSampler
 from entrypoint.world import World
 
@@ -44,6 +45,7 @@ def find_budget(
     collective: bool,
     folder: Path,
     setting: dict[str, Any],
+    broke_off: bool = False,
 ) -> int:
     """Tokens of a micro-batch, the same on every rank.
 
@@ -53,20 +55,24 @@ def find_budget(
         collective: the ranks meet within `compute`, as they do under FSDP.
         folder: where the answer is kept.
         setting: what else it depends on.
+        broke_off: the start before crashed (on rank 0): if it was searching, what had fitted until then is the answer.
+            After a notice the search begins anew.
 
     Raises:
-        MemoryError: a collective `compute` ran out of memory here. The others may stand anywhere in it, so nothing can
-            be agreed on any more; the next start takes what has fitted.
+        TooLargeError: a collective `compute` ran out of memory here. The others may stand anywhere in it, so nothing
+            can be agreed on any more; the next start takes what has fitted.
+        OSError: and that can't be written down.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
     machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": _ranks_here()}
-    setting = setting | machine | {"shared": sampler.cost.shared, "most": most}
-    known: int | None = world.once(lambda: _read(folder / FILE, setting))
+    own = setting | machine | {"shared": sampler.cost.shared, "most": most}
+    setting = world.once(lambda: own)
+    known: int | None = world.once(lambda: _read(folder / FILE, setting, broke_off=broke_off))
     if known is not None:
         world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
         return known
     best = size = FIRST
-    _write(world, folder, setting, best)  # what a run that this ends starts again with
+    _write(world, folder, setting, best, finished=False)
     tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
     while size < most and used + GROWTH * slope * (2 * size - tokens) <= ROOM:
         size = min(2 * size, most)
@@ -76,18 +82,20 @@ def find_budget(
             need, free = _measured(partial(compute, batch), device)
         except torch.OutOfMemoryError as error:
             if collective:
-                raise MemoryError(
+                write_atomically(folder / FILE, _content(setting, best, finished=True))  # else all starts end here
+                raise TooLargeError(
                     f"train.micro_batch_tokens=auto: a forward pass over {computed:,} tokens ran out of memory; "
-                    f"the next start takes {best:,}"
+                    f"start the same command again, it takes {best:,}"
                 ) from error
             need, free = math.inf, 1.0
         # The fullest rank decides for all, and before any of them is too full.
         share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
         if share <= ROOM:
             best = size
-            _write(world, folder, setting, best)
+            _write(world, folder, setting, best, finished=False)
         slope = max(slope, (share - used) / max(computed - tokens, 1.0))
         tokens, used = computed, share
+    _write(world, folder, setting, best, finished=True)
     world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
     return best
 
@@ -169,15 +177,20 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
 
 
-def _write(world: World, folder: Path, setting: dict[str, Any], tokens: int) -> None:
+def _write(world: World, folder: Path, setting: dict[str, Any], tokens: int, *, finished: bool) -> None:
     if world.is_main:
-        note(folder / FILE, json.dumps({**setting, "tokens": tokens}).encode(), world.warn)
+        note(folder / FILE, _content(setting, tokens, finished=finished), world.warn)
 
 
-def _read(path: Path, setting: dict[str, Any]) -> int | None:
+def _content(setting: dict[str, Any], tokens: int, *, finished: bool) -> bytes:
+    return json.dumps({**setting, "tokens": tokens, "finished": finished}).encode()
+
+
+def _read(path: Path, setting: dict[str, Any], *, broke_off: bool) -> int | None:
     try:
         said = json.loads(path.read_text())
         tokens: int = said.pop("tokens")
+        finished: bool = said.pop("finished")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged: it is found again
         return None
-    return tokens if said == json.loads(json.dumps(setting)) else None
+    return tokens if said == json.loads(json.dumps(setting)) and (finished or broke_off) else None

@@ -8,12 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tests.e2e.runs import Ended
 from tests.faults.aim import moments, strike
 from tests.faults.hits import TOLD, Hit, kill_rank, lose, standing_still, stop_rank, tell_launcher
 from tests.faults.judge import CRASH, LOST, STOPPED, Broken, Verdict, Wrong, check, exact, finish, told
-from tests.faults.life import COURSE, PATIENCE, Life, lease
+from tests.faults.life import COURSE, PATIENCE, Life, Start, lease
 from tests.faults.scene import SHAPES, STEPS, Scene, Shape
 from tests.faults.storage import mirrored, on_s3
 
@@ -147,14 +148,21 @@ def two(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     begun = time.monotonic() + dice.uniform(0, 0.5)
     first.wait_for(lambda: time.monotonic() >= begun)
     second = life.start()
-    if not first.wait_for(lambda: bool(lease(life))):
+    seen: dict[str, Any] = {}
+
+    def held() -> bool:
+        seen.update(lease(life))  # kept: a beat that is being written can't be read
+        return bool(seen)
+
+    if not first.wait_for(held):
         raise Wrong(f"{life.folder}: the first run has ended and nobody holds the folder: {first.end().err}")
-    holder = int(lease(life)["pid"])
-    winner, loser = sorted((first, second), key=lambda start: holder not in [rank.pid for rank in start.ranks()])
+    winner, loser = sorted((first, second), key=lambda start: not _holds(start, seen))
+    if not _holds(winner, seen):
+        raise Wrong(f"{life.folder}: neither run has the process that holds the folder: {seen}")
     with standing_still(winner.ranks()):  # else it might be done before the other has waited its second
         refused = loser.end()
     check(refused.code, (64,), loser, refused)
-    said = f"entrypoint: {life.checkpoints}: is held by another run, process {holder} on "
+    said = f"entrypoint: {life.checkpoints}: is held by another run, process {seen['pid']} on "
     if not refused.last_word.startswith(said):
         raise Wrong(f"{life.folder}: the loser said {refused.last_word!r}, expected {said!r}")
     if life.events("locked") != 1:  # else its end would be taken for one of the winner's run
@@ -165,6 +173,11 @@ def two(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     verdict.faults.append(Broken("start", "", "second run", 64, counted=False, repeat=0, seconds=0.0))
     told(ended, verdict)
     return verdict
+
+
+def _holds(start: Start, said: dict[str, Any]) -> bool:
+    """Whether the lock's word is of a rank of this start."""
+    return int(said["pid"]) in [rank.pid for rank in start.ranks()]
 
 
 def clock(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:

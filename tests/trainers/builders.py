@@ -52,7 +52,7 @@ def make_trainer(
 
     checkpoints = Checkpoints(folder, keep=5, fingerprint={"run": "test"}, world=world)
     loaded = SimpleNamespace(traces=SimpleNamespace(train=groups), checkpoints=checkpoints, fingerprint={})
-    session: Any = SimpleNamespace(run=run, loaded=loaded, world=world, trainer=trainer, plan=steps, pad=0)
+    session: Any = SimpleNamespace(run=run, loaded=loaded, world=world, trainer=trainer, plan=steps, pad=0, story=None)
 
     def before(prepared: Any) -> None:
         if run.train.micro_batch_tokens == "auto":

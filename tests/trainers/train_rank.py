@@ -1,9 +1,9 @@
 """One rank of a test run: `python -m tests.trainers.train_rank TINY OUT CASE…`; rank 0 writes what each step did.
 
-A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16][:full][:short]; its numbers go to OUT/NAME.pt: loss
-and gradient norm of every step, the gradient before clipping and the weights, each as one flat vector, and the ranks'
-budgets. Where BUDGET is auto, LEAST tokens fit anywhere; `full`: rank 1's machine has no memory left; `short`: rank 1
-runs out of memory in the middle of a forward pass over more than twice as many.
+A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16][:full][:short[=all]]; its numbers go to
+OUT/NAME.pt: loss and gradient norm of every step, the gradient before clipping and the weights, each as one flat
+vector, and the ranks' budgets. Where BUDGET is auto, LEAST tokens fit anywhere; `full`: rank 1's machine has no memory
+left; `short`: rank 1 (or each) runs out of memory in the middle of a forward pass over more than twice as many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from entrypoint.command import explain
 from entrypoint.conf import Dpo, Grpo
+from entrypoint.errors import RunError
+from entrypoint.launch.verdict import leave
 from entrypoint.save import full_state
 from entrypoint.training import memory
 from entrypoint.world import World, joined
@@ -80,7 +83,7 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
     )
     trainer, plan = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
     memory._available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
-    if "short" in options and world.rank:
+    if given.get("short") == "all" or ("short" in options and world.rank):
         trainer.model.model.layers[1].register_forward_pre_hook(run_out, with_kwargs=True)
     gradients: list[torch.Tensor] = []
     weights: list[torch.Tensor] = []
@@ -122,9 +125,13 @@ def main(tiny: Path, out: Path, cases: list[str]) -> None:
     memory.FIRST = LEAST
     if any("fsdp" in case for case in cases):
         allow_fsdp_on_cpu()
-    with joined(120) as world:
-        for case in cases:
-            train(case, tiny, out, world)
+    try:
+        with joined(120) as world:
+            for case in cases:
+                train(case, tiny, out, world)
+    except RunError as error:
+        explain(error)
+        leave(error.exit_code, 5)
 
 
 if __name__ == "__main__":
