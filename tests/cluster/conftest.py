@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.container import compile_image
 from tests.cluster.events import what_happened
 from tests.cluster.plane import Plane, start_plane, until
 from tests.cluster.platform import Platform, make_platform
@@ -38,6 +39,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
     """A control plane without any run in it."""
+    compile_image()
     begun = time.monotonic()
     with start_plane(tmp_path_factory.mktemp("plane")) as plane:
         print(f"the plane was ready after {time.monotonic() - begun:.1f} s")
