@@ -117,6 +117,12 @@ class Api:
             if error.status not in (404, 409):  # 409: a precondition, so it is another object of that name by now
                 raise
 
+    def remove(self, manifest: Object, namespace: str = "default") -> None:
+        """Ask for the deletion of what `apply` made of the same manifest."""
+        resource, namespaced = self._resource(manifest["apiVersion"], manifest["kind"])
+        place = manifest["metadata"].get("namespace", namespace) if namespaced else None
+        self.delete(resource, manifest["metadata"]["name"], place)
+
     def follow(self, resource: str) -> Iterator[tuple[str, Object]]:
         """ADDED, MODIFIED and DELETED of all objects of a resource for ever, whatever happens to the connection."""
         known: dict[str, Object] = {}

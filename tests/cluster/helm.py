@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from tests.cluster.api import Object
-from tests.cluster.plane import Plane
+from tests.cluster.plane import Plane, until
 from tests.process import ROOT, scrubbed
 
 CHART = ROOT / "chart"
@@ -71,14 +72,15 @@ class Release:
         """The release during the block, and uninstalled after it.
 
         Raises:
-            AssertionError: Helm refused; its words are in the message.
+            AssertionError: Helm refused, or could not uninstall; its words are in the message.
         """
         try:
             done = self.install()
             assert done.returncode == 0, done.stderr + done.stdout
             yield self
         finally:
-            self.uninstall()
+            done = self.uninstall()
+            assert done.returncode == 0, done.stderr + done.stdout
 
     @property
     def job(self) -> Object:
@@ -139,6 +141,28 @@ def everything(plane: Plane) -> set[str]:
                 metadata = item["metadata"]
                 found.add(f"{name}.{group} {metadata.get('namespace', '')}/{metadata['name']}")
     return found
+
+
+def before_a_release(plane: Plane) -> set[str]:
+    """Everything that the API server holds, once the nodes of the tests before are gone."""
+    until(lambda: plane.api.list("nodeclaims.karpenter.sh") == [], 120, "the last test's nodes are gone")
+    return everything(plane)
+
+
+def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
+    """Wait until the API server holds exactly what it held `before`.
+
+    Raises:
+        AssertionError: it does not; the message names what is left and what is missing.
+    """
+
+    def same() -> bool:
+        return everything(plane) == before
+
+    with contextlib.suppress(TimeoutError):
+        until(same, seconds, "everything is as it was")
+    now = everything(plane)
+    assert now == before, f"left behind: {sorted(now - before)}; missing: {sorted(before - now)}"
 
 
 def seconds_since(begun: float) -> str:
