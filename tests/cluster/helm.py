@@ -49,6 +49,10 @@ class Release:
         """`helm upgrade` with the same values, and what the arguments change of them."""
         return self.run("upgrade", *self._chart(), *arguments)
 
+    def template(self) -> subprocess.CompletedProcess[str]:
+        """`helm template`: what would be sent, hooks included."""
+        return self.run("template", *self._chart())
+
     def uninstall(self) -> subprocess.CompletedProcess[str]:
         """`helm uninstall`, which waits until what it deletes is gone; fine where there is no such release."""
         return self.run("uninstall", self.name, "--wait", "--ignore-not-found")
