@@ -80,6 +80,5 @@ def refusals(release: Release) -> list[str]:
         event["message"]
         for event in release.plane.api.list("events", release.namespace)
         if event["involvedObject"].get("name", "").startswith(f"{release.name}-node")
-        and event["reason"] == "FailedScheduling"
-        and "karpenter" in (event.get("source", {}).get("component", "") + event.get("reportingComponent", ""))
+        and event["message"].startswith("Failed to schedule pod, ")
     ]
