@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load
 
-from tests.cluster.counts import NOTICES, NOTICES_ALONE
+from tests.cluster.counts import LATER, NOTICES, NOTICES_ALONE
 from tests.cluster.helm import Release, metrics, seconds_since
 from tests.cluster.moments import PATIENCE, Start, exit_codes, past_a_checkpoint, publishing, saving, starting, training
 from tests.cluster.nodes import UNPLUGGED, is_ready
 from tests.cluster.plane import FROM_ZERO, STOCK, until
-from tests.cluster.platform import STEPS, Platform
+from tests.cluster.platform import STEPS, Platform, instead_of_training
 
 ONGOING = ("", "Pending", "Running", "Completing", "Restarting")
 UNCHECKED = {"checks": []}  # what preflight finds is shown elsewhere
@@ -90,6 +90,15 @@ def assert_nothing_was_lost(platform: Platform, release: Release, *, notices: in
     found = [said[name] for name in ("interruptions", "crashes", "lost", "steps_repeated")]
     assert found == [notices, 0, 0, 0]
     assert_same_weights(platform, release.name, share=share)
+
+
+def test_a_node_that_ends_later_than_the_first_is_not_killed(platform: Platform) -> None:
+    program = f"time.sleep({LATER} * int(os.environ['NODE_RANK']) / 2); os._exit(0)"
+    release = platform.release("later", **instead_of_training(platform, "later", program))
+    with release.installed():
+        until_completed(release)
+        assert release.restarts == 0
+    assert exit_codes(release) == [0, 0, 0]
 
 
 def test_notices_at_any_moment_cost_no_step(platform: Platform, straight: Release) -> None:
