@@ -148,9 +148,16 @@ def everything(plane: Plane) -> set[str]:
 
 
 def before_a_release(plane: Plane) -> set[str]:
-    """Everything that the API server holds, once the nodes of the tests before are gone."""
-    until(lambda: plane.api.list("nodeclaims.karpenter.sh") == [], 120, "the last test's nodes are gone")
-    return everything(plane)
+    """Everything that the API server holds, once what went with the releases before is gone: the collectors' work."""
+    seen: list[set[str]] = [set(), set()]
+
+    def settled() -> bool:
+        seen.append(everything(plane))
+        passing = ("nodeclaims.karpenter.sh", "podgroups.scheduling.volcano.sh", "pods.")
+        return seen[-1] == seen[-2] and not any(name.startswith(passing) for name in seen[-1])
+
+    until(settled, 120, "no run is left, and nothing changes")
+    return seen[-1]
 
 
 def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
