@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.cluster.api import Object
 from tests.cluster.network import end_with_parent
-from tests.process import ROOT
+from tests.process import ROOT, scrubbed
 
 # What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
 IMAGE = (str(ROOT), sys.base_prefix)
@@ -36,7 +36,8 @@ def compile_image() -> None:
     """What the image has compiled: no pod may write beside the modules, and each start would compile them anew."""
     package = find_spec("trl")  # no test of this folder imports it by itself
     if package and package.origin and not Path(cache_from_source(package.origin)).exists():
-        subprocess.run([sys.executable, "-c", "import entrypoint.run"], cwd=ROOT, check=True)
+        environment = scrubbed({"PYTHONDONTWRITEBYTECODE": None})
+        subprocess.run([sys.executable, "-c", "import entrypoint.run"], env=environment, check=True)
 
 
 @dataclass(frozen=True)
