@@ -76,12 +76,16 @@ def test_nothing_of_ours_is_made_beside_a_platforms_own_and_it_trains(platform: 
     begun = time.monotonic()
     with run.installed():
         until(run.running, PATIENCE, "the gang runs")
-        kinds = {name.split()[0] for name in everything(platform.plane) - before}
-        assert kinds == {
-            *("jobs.batch.volcano.sh", "configmaps.", "networkpolicies.networking.k8s.io", "secrets."),  # the chart's
-            *("pods.", "podgroups.scheduling.volcano.sh", "services.", "endpointslices.discovery.k8s.io"),  # Volcano's
-            *("nodeclaims.karpenter.sh", "nodes.", "csinodes.storage.k8s.io"),  # by the platform's pool
-        }
+        made = [name.split(" ") for name in everything(platform.plane) - before]
+        cluster_wide = {kind for kind, place in made if place.startswith("/")}
+        assert cluster_wide == {
+            "nodeclaims.karpenter.sh",
+            "nodes.",
+            "csinodes.storage.k8s.io",
+        }  # by the pool that is there
+        assert {place.partition("/")[0] for _, place in made} == {"", platform.namespace}
+        assert "persistentvolumeclaims." not in {kind for kind, _ in made}
+        assert {pod["spec"]["serviceAccountName"] for pod in run.pods} == {"training"}
         until(lambda: run.phase not in ("", "Pending", "Running", "Completing"), PATIENCE, "the run ends")
         assert (run.phase, run.restarts) == ("Completed", 0), run.logs()
         print(f"a run of 4 steps on a platform's own: {seconds_since(begun)}")
