@@ -54,7 +54,11 @@ def given(platform: Platform) -> Iterator[None]:
     for manifest in objects:
         platform.plane.api.apply(manifest, platform.namespace)
     queue = "queues.scheduling.volcano.sh"
-    until(lambda: platform.plane.api.get(queue, "training")["status"].get("state") == "Open", 30, "the queue is open")
+    until(
+        lambda: platform.plane.api.get(queue, "training").get("status", {}).get("state") == "Open",
+        30,
+        "the queue is open",
+    )
     yield
     for manifest in reversed(objects):
         platform.plane.api.remove(manifest, platform.namespace)
