@@ -1,7 +1,7 @@
 """Moments of a run, by what it writes, and spot notices that come in them.
 
-Karpenter takes seconds from a notice to the pod's SIGTERM, and a tiny run's save milliseconds: from the moment on the
-run's ranks stand still (SIGSTOP), until the pods are told.
+From a notice to the pod's SIGTERM it takes some tenths of a second, longer than a tiny run's save: from the moment on
+the run's ranks stand still (SIGSTOP), until the pods are told.
 """
 
 from __future__ import annotations
