@@ -17,6 +17,7 @@ import yaml
 Object = dict[str, Any]
 
 FIELD_MANAGER = "tests"
+TRIES = 60  # half a second apart, where the server says to try again
 WATCH_SECONDS = 240  # a watch is begun anew after this time; a silent connection is given up a little later
 
 
@@ -162,10 +163,14 @@ class Api:
         """
         payload = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, **({"Content-Type": kind} if payload else {})}
-        try:
-            status, content = self._exchange(method, path, payload, headers)
-        except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
-            status, content = self._exchange(method, path, payload, headers)
+        for _ in range(TRIES):
+            try:
+                status, content = self._exchange(method, path, payload, headers)
+            except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
+                status, content = self._exchange(method, path, payload, headers)
+            if status != 429:  # "try again": a definition that is seconds old has no storage yet
+                break
+            threading.Event().wait(0.5)
         try:
             answer = json.loads(content)
         except ValueError:

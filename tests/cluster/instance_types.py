@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 
 from tests.cluster.api import Object
 
@@ -18,8 +18,8 @@ SPOT_SHARE = 0.4  # of the on-demand price; made up, only the order matters
 CAPACITY_TYPES = ("spot", "on-demand")
 
 
-def instance_types(available: Container[str] = CAPACITY_TYPES) -> list[Object]:
-    """The provider's file, as JSON values; every type is offered in every zone, as the capacity types `available`."""
+def instance_types(capacity_types: Iterable[str] = CAPACITY_TYPES) -> list[Object]:
+    """The provider's file, as JSON values; every type is offered in every zone."""
     return [
         {
             "name": name,
@@ -33,20 +33,16 @@ def instance_types(available: Container[str] = CAPACITY_TYPES) -> list[Object]:
                 "nvidia.com/gpu": str(gpus),
                 "vpc.amazonaws.com/efa": str(interfaces),
             },
-            "offerings": [
-                _offering(zone, capacity_type, price, available=capacity_type in available)
-                for zone in ZONES
-                for capacity_type in CAPACITY_TYPES
-            ],
+            "offerings": [_offering(zone, capacity_type, price) for zone in ZONES for capacity_type in capacity_types],
         }
         for name, (cpus, memory, gpus, interfaces, price) in TYPES.items()
     ]
 
 
-def _offering(zone: str, capacity_type: str, price: float, *, available: bool) -> Object:
+def _offering(zone: str, capacity_type: str, price: float) -> Object:
     labels = {"karpenter.sh/capacity-type": capacity_type, "topology.kubernetes.io/zone": zone}
     return {
         "Price": round(price * (SPOT_SHARE if capacity_type == "spot" else 1), 3),
-        "Available": available,
+        "Available": True,
         "Requirements": [{"key": key, "operator": "In", "values": [value]} for key, value in labels.items()],
     }

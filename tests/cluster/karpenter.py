@@ -18,9 +18,9 @@ from tests.servers.server import serve
 class Karpenter:
     """The controller, from `offer` to `close`; `inside` is a command that runs another in its network.
 
-    KWOK's provider never says, as EC2 does, that it has no capacity. What AWS's provider makes of that answer is an
-    offering that is not available, for some minutes; the same is said here in the file that the provider reads when it
-    starts, so Karpenter starts anew. It keeps nothing in memory that the API server does not hold.
+    KWOK's provider never says, as EC2 does, that it has no capacity. AWS's provider remembers that answer as offerings
+    that are not available, for some minutes; here they are left out of the file that the provider reads when it starts,
+    so Karpenter starts anew. It keeps nothing in memory that the API server does not hold.
     """
 
     def __init__(self, programs: Programs, folder: Path, kubeconfig: Path, address: str, inside: list[str]) -> None:
