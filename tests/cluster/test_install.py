@@ -39,7 +39,8 @@ def test_every_install_works_and_every_uninstall_leaves_what_was_there(
             done = release.install()
             assert done.returncode == 0, done.stderr
             print(f"{helm} install: {seconds_since(begun)}")
-            until(partial(nodes_registered, release), 60, "Karpenter buys three nodes")
+            # Process 1 gets no signal that it does not catch: a pod told to end before it does takes its whole grace.
+            until(partial(asleep, release), 120, "the gang runs")
             begun = time.monotonic()
             done = release.uninstall()
             assert done.returncode == 0, done.stderr
@@ -58,15 +59,9 @@ def neighbour(platform: Platform, values: dict[str, Any]) -> Iterator[None]:
         assert [pod["metadata"]["uid"] for pod in release.pods] == pods
 
 
-def nodes_registered(release: Release) -> bool:
-    """Whether three nodes are there: KWOK makes a node that nobody owns of a claim that is deleted before."""
-    states = [
-        condition["status"]
-        for claim in release.claims
-        for condition in claim.get("status", {}).get("conditions", [])
-        if condition["type"] == "Registered"
-    ]
-    return states == ["True"] * 3
+def asleep(release: Release) -> bool:
+    """Whether all three programs run."""
+    return release.logs().count("asleep") == 3
 
 
 @contextmanager
