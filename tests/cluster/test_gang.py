@@ -179,15 +179,11 @@ def test_with_volcanos_stock_configuration_a_gang_never_starts(platform: Platfor
         nowhere = {"volcanoConfigMap": "not-there"}  # where chart and preflight would look, and refuse
         release = platform.release("deadlock", preflight=UNCHECKED, clusterChecks=nowhere)
         with release.installed():
-            groups = "podgroups.scheduling.volcano.sh"
 
             def refused() -> bool:
-                conditions = [
-                    condition
-                    for group in platform.plane.api.list(groups, platform.namespace)
-                    for condition in group.get("status", {}).get("conditions", [])
-                ]
-                return any("resource in cluster is overused" in str(c.get("message")) for c in conditions)
+                events = platform.plane.api.list("events", platform.namespace)
+                words = [str(event.get("message")) for event in events if event["involvedObject"]["kind"] == "PodGroup"]
+                return any("resource in cluster is overused" in message for message in words)
 
             until(refused, 60, "the gang is refused")
             assert release.pods == []
