@@ -182,8 +182,8 @@ def test_with_volcanos_stock_configuration_a_gang_never_starts(platform: Platfor
 
             def refused() -> bool:
                 events = platform.plane.api.list("events", platform.namespace)
-                words = [str(event.get("message")) for event in events if event["involvedObject"]["kind"] == "PodGroup"]
-                return any("resource in cluster is overused" in message for message in words)
+                ours = [event for event in events if event["involvedObject"]["name"].startswith("deadlock-")]
+                return any("resource in cluster is overused" in str(event.get("message")) for event in ours)
 
             until(refused, 60, "the gang is refused")
             assert release.pods == []
