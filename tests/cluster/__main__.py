@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from tests.cluster.container import tail
+from tests.cluster.machine import MachineError, check_machine
 from tests.cluster.plane import start_plane
 from tests.process import ROOT
 
@@ -29,6 +30,11 @@ def up() -> int:
     if _running() is not None:
         print(f"a plane runs already: export KUBECONFIG={FOLDER / 'kubeconfig'}")
         return 0
+    try:
+        check_machine()
+    except MachineError as error:
+        print(error, file=sys.stderr)
+        return 1
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     with LOG.open("wb") as log:

@@ -17,6 +17,7 @@ import yaml
 Object = dict[str, Any]
 
 FIELD_MANAGER = "tests"
+TRIES = 60  # half a second apart, where the server says to try again
 WATCH_SECONDS = 240  # a watch is begun anew after this time; a silent connection is given up a little later
 
 
@@ -117,6 +118,12 @@ class Api:
             if error.status not in (404, 409):  # 409: a precondition, so it is another object of that name by now
                 raise
 
+    def remove(self, manifest: Object, namespace: str = "default") -> None:
+        """Ask for the deletion of what `apply` made of the same manifest."""
+        resource, namespaced = self._resource(manifest["apiVersion"], manifest["kind"])
+        place = manifest["metadata"].get("namespace", namespace) if namespaced else None
+        self.delete(resource, manifest["metadata"]["name"], place)
+
     def follow(self, resource: str) -> Iterator[tuple[str, Object]]:
         """ADDED, MODIFIED and DELETED of all objects of a resource for ever, whatever happens to the connection."""
         known: dict[str, Object] = {}
@@ -156,10 +163,14 @@ class Api:
         """
         payload = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, **({"Content-Type": kind} if payload else {})}
-        try:
-            status, content = self._exchange(method, path, payload, headers)
-        except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
-            status, content = self._exchange(method, path, payload, headers)
+        for _ in range(TRIES):
+            try:
+                status, content = self._exchange(method, path, payload, headers)
+            except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
+                status, content = self._exchange(method, path, payload, headers)
+            if status != 429:  # "try again": a definition that is seconds old has no storage yet
+                break
+            threading.Event().wait(0.5)
         try:
             answer = json.loads(content)
         except ValueError:

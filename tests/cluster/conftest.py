@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.container import compile_image
 from tests.cluster.events import what_happened
+from tests.cluster.machine import MachineError, check_machine
 from tests.cluster.plane import Plane, start_plane, until
 from tests.cluster.platform import Platform, make_platform
 
@@ -38,6 +40,11 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
     """A control plane without any run in it."""
+    try:
+        check_machine()
+    except MachineError as error:
+        pytest.exit(str(error), returncode=1)  # one line: every test would say the same
+    compile_image()
     begun = time.monotonic()
     with start_plane(tmp_path_factory.mktemp("plane")) as plane:
         print(f"the plane was ready after {time.monotonic() - begun:.1f} s")

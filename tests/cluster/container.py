@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.api import Object
 from tests.cluster.network import end_with_parent
-from tests.process import ROOT
+from tests.process import ROOT, scrubbed
 
 # What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
 IMAGE = (str(ROOT), sys.base_prefix)
@@ -29,6 +30,14 @@ IMAGE_USER = 1000
 IMAGE_DIRECTORY = "/tmp"
 
 MESSAGE_BYTES, MESSAGE_LINES = 2048, 80  # what a kubelet takes of a log as termination message
+
+
+def compile_image() -> None:
+    """What the image has compiled: no pod may write beside the modules, and each start would compile them anew."""
+    package = find_spec("trl")  # no test of this folder imports it by itself
+    if package and package.origin and not Path(cache_from_source(package.origin)).exists():
+        environment = scrubbed({"PYTHONDONTWRITEBYTECODE": None})
+        subprocess.run([sys.executable, "-c", "import entrypoint.run"], env=environment, check=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from tests.cluster.api import Object
-from tests.cluster.plane import Plane
+from tests.cluster.plane import Plane, until
 from tests.process import ROOT, scrubbed
 
 CHART = ROOT / "chart"
@@ -48,6 +49,10 @@ class Release:
         """`helm upgrade` with the same values, and what the arguments change of them."""
         return self.run("upgrade", *self._chart(), *arguments)
 
+    def template(self) -> subprocess.CompletedProcess[str]:
+        """`helm template`: what would be sent, hooks included."""
+        return self.run("template", *self._chart())
+
     def uninstall(self) -> subprocess.CompletedProcess[str]:
         """`helm uninstall`, which waits until what it deletes is gone; fine where there is no such release."""
         return self.run("uninstall", self.name, "--wait", "--ignore-not-found")
@@ -71,14 +76,15 @@ class Release:
         """The release during the block, and uninstalled after it.
 
         Raises:
-            AssertionError: Helm refused; its words are in the message.
+            AssertionError: Helm refused, or could not uninstall; its words are in the message.
         """
         try:
             done = self.install()
             assert done.returncode == 0, done.stderr + done.stdout
             yield self
         finally:
-            self.uninstall()
+            done = self.uninstall()
+            assert done.returncode == 0, done.stderr + done.stdout
 
     @property
     def job(self) -> Object:
@@ -139,6 +145,35 @@ def everything(plane: Plane) -> set[str]:
                 metadata = item["metadata"]
                 found.add(f"{name}.{group} {metadata.get('namespace', '')}/{metadata['name']}")
     return found
+
+
+def before_a_release(plane: Plane) -> set[str]:
+    """Everything that the API server holds, once what went with the releases before is gone: the collectors' work."""
+    seen: list[set[str]] = [set(), set()]
+
+    def settled() -> bool:
+        seen.append(everything(plane))
+        passing = ("nodeclaims.karpenter.sh", "podgroups.scheduling.volcano.sh", "pods.")
+        return seen[-1] == seen[-2] and not any(name.startswith(passing) for name in seen[-1])
+
+    until(settled, 120, "no run is left, and nothing changes")
+    return seen[-1]
+
+
+def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
+    """Wait until the API server holds exactly what it held `before`.
+
+    Raises:
+        AssertionError: it does not; the message names what is left and what is missing.
+    """
+
+    def same() -> bool:
+        return everything(plane) == before
+
+    with contextlib.suppress(TimeoutError):
+        until(same, seconds, "everything is as it was")
+    now = everything(plane)
+    assert now == before, f"left behind: {sorted(now - before)}; missing: {sorted(before - now)}"
 
 
 def seconds_since(begun: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tests.cluster.api import Object
 
 ZONES = ("us-east-2a", "us-east-2b")
@@ -13,10 +15,11 @@ TYPES: dict[str, tuple[int, int, int, int, float]] = {
     "g6e.12xlarge": (48, 393216, 4, 1, 10.4926),
 }
 SPOT_SHARE = 0.4  # of the on-demand price; made up, only the order matters
+CAPACITY_TYPES = ("spot", "on-demand")
 
 
-def instance_types() -> list[Object]:
-    """The provider's file, as JSON values; every type is offered in every zone, spot and on demand."""
+def instance_types(capacity_types: Iterable[str] = CAPACITY_TYPES) -> list[Object]:
+    """The provider's file, as JSON values; every type is offered in every zone."""
     return [
         {
             "name": name,
@@ -30,11 +33,7 @@ def instance_types() -> list[Object]:
                 "nvidia.com/gpu": str(gpus),
                 "vpc.amazonaws.com/efa": str(interfaces),
             },
-            "offerings": [
-                _offering(zone, capacity_type, share * price)
-                for zone in ZONES
-                for capacity_type, share in (("spot", SPOT_SHARE), ("on-demand", 1.0))
-            ],
+            "offerings": [_offering(zone, capacity_type, price) for zone in ZONES for capacity_type in capacity_types],
         }
         for name, (cpus, memory, gpus, interfaces, price) in TYPES.items()
     ]
@@ -43,7 +42,7 @@ def instance_types() -> list[Object]:
 def _offering(zone: str, capacity_type: str, price: float) -> Object:
     labels = {"karpenter.sh/capacity-type": capacity_type, "topology.kubernetes.io/zone": zone}
     return {
-        "Price": round(price, 3),
+        "Price": round(price * (SPOT_SHARE if capacity_type == "spot" else 1), 3),
         "Available": True,
         "Requirements": [{"key": key, "operator": "In", "values": [value]} for key, value in labels.items()],
     }

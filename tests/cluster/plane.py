@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib import request
 
 import yaml
 
 from tests.cluster.api import Api, ApiError, Object
 from tests.cluster.certs import make_certificates
-from tests.cluster.instance_types import instance_types
+from tests.cluster.karpenter import Karpenter
+from tests.cluster.machine import check_machine
 from tests.cluster.network import Network, new_network
 from tests.cluster.programs import Programs, binaries, custom_resource_definitions
 from tests.cluster.webhooks import ADMISSIONS, webhook_configuration
@@ -49,6 +48,7 @@ class Plane:
     kubeconfig: Path
     api: Api
     network: Network
+    karpenter: Karpenter
 
     def configure_volcano(self, actions: str) -> None:
         """Give Volcano's scheduler other actions, in its file and in the ConfigMap that says so to whoever asks."""
@@ -69,12 +69,14 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
     """Start everything, wait until it is ready, end it with the block.
 
     Raises:
-        RuntimeError: a program ended or was not ready in time (its log is in the message), or the caller is not root.
+        MachineError: this machine can't hold one.
+        RuntimeError: a program ended or was not ready in time (its log is in the message).
     """
     folder.mkdir(parents=True, exist_ok=True)
     ports = {
         name: free_port() for name in ("etcd", "etcd-peer", "apiserver", "controller-manager", "scheduler", "webhooks")
     }
+    check_machine()
     with ExitStack() as stack:
         network = stack.enter_context(new_network())
         names = ["localhost", "kubernetes.default.svc"]
@@ -86,11 +88,11 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
         )
         programs = Programs(binaries(), folder, certificates, kubeconfig, ports)
         api = Api.of(kubeconfig)
-        plane = Plane(folder, kubeconfig, api, network)
+        karpenter = _karpenter(stack, programs, kubeconfig, api, network)
+        plane = Plane(folder, kubeconfig, api, network, karpenter)
 
-        def start(name: str, command: list[str], ready: Ready, env: Mapping[str, str] | None = None) -> None:
-            environment = {**scrubbed(), **(env or {})}
-            stack.enter_context(serve(command, env=environment, log=folder / f"{name}.log", ready=ready, timeout=120))
+        def start(name: str, command: list[str], ready: Ready) -> None:
+            stack.enter_context(serve(command, env=scrubbed(), log=folder / f"{name}.log", ready=ready, timeout=120))
 
         start("etcd", programs.etcd(), _listens(ports["etcd"]))
         definitions = list(custom_resource_definitions())  # read while the API server starts
@@ -107,34 +109,25 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
         plane.configure_volcano(actions)
         start("volcano-controllers", programs.volcano_controllers(), lambda: True)
         start("volcano-scheduler", programs.volcano_scheduler(_scheduler_file(folder)), lambda: _open(api, "default"))
-        _start_karpenter(stack, programs, plane, start)
+        stack.callback(karpenter.close)
+        karpenter.offer()
+        # Real clusters have one of Karpenter's AWS provider; KWOK's stands in its place.
+        node_class = {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass"}
+        api.apply({**node_class, "metadata": {"name": "default"}})
         _start_kubelet(plane, start)
         yield plane
 
 
-def _start_karpenter(stack: ExitStack, programs: Programs, plane: Plane, start: Callable[..., None]) -> None:
-    types = plane.folder / "instance-types.json"
-    types.write_text(json.dumps(instance_types(), indent=1))
-    address = stack.enter_context(plane.network.address(first=1))
-    sandbox = stack.enter_context(plane.network.sandbox(address, "karpenter"))
-    config = yaml.safe_load(plane.kubeconfig.read_text())
-    port = plane.api.server.rpartition(":")[2]
-    server = f"https://{plane.network.gateway}:{port}"
-    inside = _kubeconfig(
-        plane.folder / "karpenter.kubeconfig", server, config["users"][0]["user"]["token"], plane.api.authority
-    )
-    command = ["nsenter", "--target", str(sandbox), "--net", *programs.karpenter(types)]
-
-    def ready() -> bool:
-        with contextlib.suppress(OSError), request.urlopen(f"http://{address}:8081/readyz", timeout=1) as answer:
-            return bool(answer.status == 200)
-        return False
-
-    start("karpenter", command, ready, {"KUBECONFIG": str(inside)})
-    # Real clusters have one of Karpenter's AWS provider; KWOK's stands in its place.
-    plane.api.apply(
-        {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass", "metadata": {"name": "default"}}
-    )
+def _karpenter(stack: ExitStack, programs: Programs, kubeconfig: Path, api: Api, network: Network) -> Karpenter:
+    """Not started yet; it listens on all addresses, so it has a network of its own."""
+    address = stack.enter_context(network.address(first=1))
+    sandbox = stack.enter_context(network.sandbox(address, "karpenter"))
+    config = yaml.safe_load(kubeconfig.read_text())
+    server = f"https://{network.gateway}:{api.server.rpartition(':')[2]}"
+    token = config["users"][0]["user"]["token"]
+    inside = _kubeconfig(programs.folder / "karpenter.kubeconfig", server, token, api.authority)
+    command = ["nsenter", "--target", str(sandbox), "--net"]
+    return Karpenter(programs, programs.folder, inside, address, command)
 
 
 def _start_kubelet(plane: Plane, start: Callable[..., None]) -> None:

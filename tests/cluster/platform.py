@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,11 +72,18 @@ def make_platform(plane: Plane, namespace: str, model: Path, folder: Path) -> It
         bucket = s3.bucket("lake")
         s3.upload(traces.write_hive(folder / "lake", traces.learnable()), bucket, "traces")
         s3.upload(model, bucket, "model")
-        api.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "stringData": s3.env}, namespace)
-        yield Platform(plane, namespace, s3, bucket, f"http://{address}")
+        platform = Platform(plane, namespace, s3, bucket, f"http://{address}")
+        apply_keys(platform)
+        yield platform
         api.delete("namespaces", namespace)
         api.delete("csidrivers.storage.k8s.io", DRIVER)
         until(lambda: api.find("namespaces", namespace) is None, 120, f"namespace {namespace} gone")
+
+
+def apply_keys(platform: Platform) -> None:
+    """The Secret with the bucket's keys."""
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "stringData": platform.s3.env}
+    platform.plane.api.apply(secret, platform.namespace)
 
 
 def apply_driver(plane: Plane, policy: str) -> None:
@@ -91,13 +99,13 @@ PROGRAM = """
 import os, signal, sys, time
 if "entrypoint" in sys.orig_argv:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-    {}
+{}
 """
 
 
 def instead_of_training(platform: Platform, name: str, program: str) -> Object:
-    """Values with which the gang's pods run one line of Python instead of the trainer."""
-    content = {"sitecustomize.py": PROGRAM.format(program)}
+    """Values with which the gang's pods run a few lines of Python instead of the trainer."""
+    content = {"sitecustomize.py": PROGRAM.format(textwrap.indent(program, "    "))}
     metadata = {"name": f"program-{name}"}
     platform.plane.api.apply(
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": content}, platform.namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,61 +12,56 @@ import pytest
 import yaml
 
 from tests.cluster.api import ApiError, Object
-from tests.cluster.counts import INSTALLS
-from tests.cluster.helm import CHART, HELMS, Release, everything, seconds_since
+from tests.cluster.counts import INSTALLS, SERIES
+from tests.cluster.helm import CHART, Release, before_a_release, everything, seconds_since, until_gone
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
-from tests.cluster.platform import Platform, apply_driver
+from tests.cluster.platform import SLEEP, Platform, apply_driver, instead_of_training
 from tests.process import ROOT
 
 NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
+CONFIG_ALONE = {"checks": ["config"]}
 WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
 
 
-@pytest.mark.parametrize("helm", HELMS)
-def test_every_install_works_and_every_uninstall_leaves_what_was_there(platform: Platform, helm: str) -> None:
-    before = everything(platform.plane)
-    for number in range(INSTALLS):
-        release = platform.release(f"try-{helm}-{number}", helm=helm, preflight={"checks": ["config"]})
-        begun = time.monotonic()
-        done = release.install()
-        assert done.returncode == 0, done.stderr
-        print(f"{helm} install: {seconds_since(begun)}")
-        until(partial(nodes_registered, release), 60, "Karpenter buys three nodes")
-        begun = time.monotonic()
-        done = release.uninstall()
-        assert done.returncode == 0, done.stderr
-        until_gone(platform.plane, before, 120)
-        print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
+@pytest.mark.parametrize(
+    ("helm", "busy"), SERIES, ids=[f"{helm}-{'busy' if busy else 'empty'}" for helm, busy in SERIES]
+)
+def test_every_install_works_and_every_uninstall_leaves_what_was_there(
+    platform: Platform, helm: str, busy: bool
+) -> None:
+    before_a_release(platform.plane)
+    values = instead_of_training(platform, "tries", SLEEP)
+    with neighbour(platform, values) if busy else nullcontext():
+        before = everything(platform.plane)
+        for number in range(INSTALLS):
+            release = platform.release(f"try-{helm}-{number}", helm=helm, **{**values, "preflight": CONFIG_ALONE})
+            begun = time.monotonic()
+            done = release.install()
+            assert done.returncode == 0, done.stderr
+            print(f"{helm} install: {seconds_since(begun)}")
+            # Process 1 gets no signal that it does not catch: a pod told to end before it does takes its whole grace.
+            until(partial(asleep, release), 120, "the gang runs")
+            begun = time.monotonic()
+            done = release.uninstall()
+            assert done.returncode == 0, done.stderr
+            until_gone(platform.plane, before, 120)
+            print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
 
 
-def nodes_registered(release: Release) -> bool:
-    """Whether three nodes are there: KWOK makes a node that nobody owns of a claim that is deleted before."""
-    states = [
-        condition["status"]
-        for claim in release.claims
-        for condition in claim.get("status", {}).get("conditions", [])
-        if condition["type"] == "Registered"
-    ]
-    return states == ["True"] * 3
+@contextmanager
+def neighbour(platform: Platform, values: dict[str, Any]) -> Iterator[None]:
+    """Another run, on nodes of its own and in a queue of its own, all the while."""
+    release = platform.release("neighbour", **values)
+    with release.installed():
+        until(release.running, 120, "the neighbour runs")
+        pods = [pod["metadata"]["uid"] for pod in release.pods]
+        yield
+        assert [pod["metadata"]["uid"] for pod in release.pods] == pods
 
 
-def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
-    """Wait until the API server holds nothing that it did not hold before.
-
-    Raises:
-        AssertionError: it does; the message names what.
-    """
-    left: set[str] = set()
-
-    def nothing_left() -> bool:
-        nonlocal left
-        left = everything(plane) - before
-        return not left
-
-    try:
-        until(nothing_left, seconds, "everything is as it was")
-    except TimeoutError:
-        pytest.fail(f"left behind: {sorted(left)}")
+def asleep(release: Release) -> bool:
+    """Whether all three programs run."""
+    return release.logs().count("asleep") == 3
 
 
 @contextmanager
@@ -87,33 +82,37 @@ def stock(platform: Platform) -> Iterator[None]:
         platform.plane.configure_volcano(FROM_ZERO)
 
 
-@contextmanager
-def nothing(platform: Platform) -> Iterator[None]:
-    yield
-
-
 @pytest.mark.parametrize(
     ("values", "meanwhile", "words"),
     [
         pytest.param(
-            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nothing, "no-such-bucket", id="data"
+            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nullcontext, "no-such-bucket", id="data"
         ),
-        pytest.param({"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nothing, "nobodys", id="queue"),
+        pytest.param(
+            {"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nullcontext, "nobodys", id="queue"
+        ),
         pytest.param({"storage": {"fsx": {"fileSystemId": NEW}}}, unwritable, "fsGroupPolicy", id="storage"),
-        pytest.param({}, stock, "enqueue", id="stock Volcano"),
+        pytest.param({}, stock, "enqueue", id="stock Volcano, by the chart"),
+        pytest.param(
+            {"clusterChecks": {"enabled": False}, "preflight": {"checks": []}},
+            *(stock, "never scales from zero nodes"),
+            id="stock Volcano, by preflight",
+        ),
     ],
 )
 def test_preflight_refuses_with_one_line_and_leaves_nothing(
     platform: Platform, values: dict[str, Any], meanwhile: Callable[[Platform], Any], words: str
 ) -> None:
-    before = everything(platform.plane)
+    before = before_a_release(platform.plane)
     release = platform.release("refused", **values)
     with meanwhile(platform):
         done = release.install()
         assert done.returncode != 0
         assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
         assert release.claims == []
-        release.uninstall()
+        done = release.uninstall()
+        assert done.returncode == 0, done.stderr
     until_gone(platform.plane, before, 60)
 
 

@@ -1,14 +1,12 @@
-"""What the chart's gang does where nothing trains: it crashes, is upgraded, has neighbours."""
+"""What the chart's gang does where nothing trains: it crashes, is upgraded, has neighbours, leaves a claim."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
-import pytest
-
-from tests.cluster.helm import Release
+from tests.cluster.helm import before_a_release, everything, until_gone
 from tests.cluster.plane import until
-from tests.cluster.platform import SLEEP, Platform, instead_of_training
+from tests.cluster.platform import SLEEP, Platform, apply_keys, instead_of_training
 
 PATIENCE = 180
 
@@ -24,8 +22,21 @@ def test_a_crash_loop_ends_at_max_retry(platform: Platform) -> None:
         assert release.logs().count("it broke") == 3
 
 
+def test_the_same_crash_on_every_node_is_told_in_words_and_not_given_up_before(platform: Platform) -> None:
+    # The launcher is the real one, and its ranks' first act is to end: on three nodes within one second.
+    program = "os.environ.get('WORLD_SIZE') and (print('it broke', flush=True), os._exit(1))"
+    values = instead_of_training(platform, "bug", program)
+    release = platform.release("bug", **values, training={"checkpoint": {"max_crashes": 2}})
+    with release.installed():
+        until(lambda: release.phase in ("Aborted", "Failed"), PATIENCE, "the Job is given up")
+        assert (release.phase, release.restarts) == ("Aborted", 2), release.logs()
+        assert "starts in a row crashed without a newer checkpoint" in release.logs()
+
+
 def test_an_upgrade_that_would_change_the_run_is_refused_in_words(platform: Platform) -> None:
-    release = platform.release("frozen", **instead_of_training(platform, "frozen", SLEEP))
+    values = instead_of_training(platform, "frozen", SLEEP)
+    everything_before = before_a_release(platform.plane)
+    release = platform.release("frozen", **values)
     with release.installed():
         until(release.running, PATIENCE, "the gang runs")
         before = [pod["metadata"]["uid"] for pod in release.pods]
@@ -38,6 +49,23 @@ def test_an_upgrade_that_would_change_the_run_is_refused_in_words(platform: Plat
         done = release.run("rollback", release.name, "1")
         assert done.returncode == 0, done.stderr
         assert [pod["metadata"]["uid"] for pod in release.pods] == before
+    until_gone(platform.plane, everything_before, PATIENCE)
+
+
+def test_a_claim_stays_where_that_is_asked_for_and_is_taken_up_again(platform: Platform) -> None:
+    values = instead_of_training(platform, "kept", SLEEP)
+    before = before_a_release(platform.plane)
+    release = platform.release("kept", **values, nodes=1, storage={"keep": True})
+    kept = {f"persistentvolumeclaims. {platform.namespace}/kept", f"persistentvolumes. /kept.{platform.namespace}"}
+    for _ in range(2):
+        with release.installed():
+            until(release.running, PATIENCE, "the run runs")
+        until_gone(platform.plane, before | kept, PATIENCE)
+        claim = platform.plane.api.get("persistentvolumeclaims", "kept", platform.namespace)
+        assert claim["status"]["phase"] == "Bound"
+    platform.plane.api.delete("persistentvolumeclaims", "kept", platform.namespace)
+    platform.plane.api.delete("persistentvolumes", f"kept.{platform.namespace}")
+    until_gone(platform.plane, before, PATIENCE)
 
 
 def test_two_releases_touch_each_other_in_nothing(platform: Platform) -> None:
@@ -55,18 +83,26 @@ def test_two_releases_touch_each_other_in_nothing(platform: Platform) -> None:
         assert second.running()
 
 
-@pytest.mark.parametrize("capacity", ["spot", "on-demand"])
-def test_what_may_be_bought_is_what_values_say(platform: Platform, capacity: str) -> None:
-    types = ["spot", "on-demand"] if capacity == "spot" else ["on-demand"]
-    values = instead_of_training(platform, "capacity", SLEEP)
-    release = platform.release(f"buys-{capacity}", **values, nodes=2, nodePool={"capacityTypes": types})
-    with release.installed():
-        until(partial(has_claims, release, 2), PATIENCE, "two nodes are bought")
-        labels = [claim["metadata"]["labels"]["karpenter.sh/capacity-type"] for claim in release.claims]
-        assert labels == [capacity, capacity]
-
-
-def has_claims(release: Release, count: int) -> bool:
-    """Whether that many nodes are there, and what each is is known."""
-    claims = release.claims
-    return len(claims) == count and all("karpenter.sh/capacity-type" in claim["metadata"]["labels"] for claim in claims)
+def test_releases_of_one_name_in_two_namespaces_are_two(platform: Platform, namespace: str) -> None:
+    other = replace(platform, namespace=namespace)
+    apply_keys(other)
+    releases = [
+        place.release(
+            "same",
+            **{**instead_of_training(place, "same", SLEEP), "preflight": {"checks": ["config"]}},
+            nodes=2,
+            training={"method": {"name": method}},
+        )
+        for place, method in ((platform, "grpo"), (other, "dpo"))
+    ]
+    first, second = releases
+    with second.installed():
+        with first.installed():
+            for release in releases:
+                until(release.running, PATIENCE, f"{release.namespace}'s runs")
+            nodes = [{pod["spec"]["nodeName"] for pod in release.pods} for release in releases]
+            assert not nodes[0] & nodes[1]
+            before = {name for name in everything(platform.plane) if "same" in name and namespace in name}
+        until(lambda: first.claims == [], PATIENCE, "the first's nodes are given back")
+        assert before <= everything(platform.plane)
+        assert second.running()
