@@ -19,6 +19,7 @@ def frozen(*settings: str) -> str:
     "setting",
     [
         "gang.priorityClassName=research",
+        "gang.waitTimeout=",
         "networkPolicy.enabled=false",
         "nodePool.consolidateAfter=20m",
         "nodePool.capacityTypes={spot,on-demand}",

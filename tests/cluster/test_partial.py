@@ -70,6 +70,11 @@ def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform
         assert len(events(release, "GangTimeout")) == 3
         until(lambda: condition(release, "Failed") == "PodFailurePolicy", PATIENCE, "its watcher is not started anew")
         until(lambda: release.claims == [], PATIENCE, "the nodes are given back")
+        platform.plane.api.delete("jobs.batch", watcher(release)["metadata"]["name"], release.namespace)
+        done = release.upgrade()
+        assert done.returncode == 0, done.stderr
+        until(lambda: watcher(release)["status"].get("active"), PATIENCE, "an upgrade starts another watcher")
+        assert release.phase == "Aborted"
 
 
 def tell(release: Release, action: str) -> None:
@@ -104,9 +109,14 @@ def watcher_log(release: Release) -> str:
     return "".join(file.read_text() for file in folder.glob(f"{release.name}-gang-*/*.log"))
 
 
+def watcher(release: Release) -> Object:
+    """The watcher's own Job."""
+    labels = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=gang-watcher"
+    (job,) = release.plane.api.list("jobs.batch", release.namespace, labels=labels)
+    return job
+
+
 def condition(release: Release, kind: str) -> str:
     """The reason of a condition that the watcher's own Job has; empty: it has not."""
-    labels = f"app.kubernetes.io/instance={release.name}"
-    (job,) = release.plane.api.list("jobs.batch", release.namespace, labels=labels)
-    found: list[Object] = job.get("status", {}).get("conditions", [])
+    found = watcher(release).get("status", {}).get("conditions", [])
     return next((str(each.get("reason")) for each in found if each["type"] == kind and each["status"] == "True"), "")
