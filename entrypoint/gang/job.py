@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
+from entrypoint.errors import ConfigError
 from entrypoint.kubernetes import Answer, Cluster, Unreachable
 
 COMPONENT = "gang-watcher"
@@ -168,6 +169,8 @@ class VolcanoJob:
             answer = ask()
         except Unreachable as error:
             raise Unsure(f"the Kubernetes API at {self.cluster.address} can't be reached ({error})") from None
+        except ConfigError as error:  # at the start it was of use: the cluster's certificate may be a new one
+            raise Unsure(str(error)) from None
         if answer.status in expected:
             return answer
         if answer.status in (401, 403):

@@ -73,7 +73,7 @@ def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform
         platform.plane.api.delete("jobs.batch", watcher(release)["metadata"]["name"], release.namespace)
         done = release.upgrade()
         assert done.returncode == 0, done.stderr
-        until(lambda: watcher(release)["status"].get("active"), PATIENCE, "an upgrade starts another watcher")
+        until(lambda: watcher(release).get("status", {}).get("active"), PATIENCE, "an upgrade starts another watcher")
         assert release.phase == "Aborted"
 
 
