@@ -60,7 +60,8 @@ class Watcher:
                     say(f"the API server is of use again after {duration(self.clock() - self.troubled)}")
                     self.troubled = None
             except Unsure as error:
-                code = self._trouble(error)
+                code = None
+                self._trouble(error)
             if code is not None:
                 return code
             self.sleep(POLL)

@@ -21,7 +21,7 @@ def frozen(*settings: str) -> str:
         "gang.priorityClassName=research",
         "gang.waitTimeout=",
         "networkPolicy.enabled=false",
-        "nodePool.consolidateAfter=20m",
+        "nodePool.consolidateAfter=12m",
         "nodePool.capacityTypes={spot,on-demand}",
         "cost.hours.high=9",
         "storage.keep=true",
