@@ -18,16 +18,21 @@ DONE = "print('done', flush=True); os._exit(0)"
 @contextmanager
 def installed_with_nodes(platform: Platform, release: Release, nodes: int) -> Iterator[None]:
     """The release during the block, with a pool that may have so many nodes: without its node class it buys none."""
-    api = platform.plane.api
-    pool, node_class = f"{release.name}.{release.namespace}", release.values["nodeClass"]["name"]
+    api, node_class = platform.plane.api, release.values["nodeClass"]["name"]
     with release.installed():
-        api.patch("nodepools.karpenter.sh", pool, {"spec": {"limits": {"nodes": str(nodes)}}})
+        limit_nodes(release, nodes)
         api.apply(
             {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass", "metadata": {"name": node_class}}
         )
         yield
     until(lambda: release.claims == [], PATIENCE, "the nodes are gone")
     api.delete("kwoknodeclasses.karpenter.kwok.sh", node_class)
+
+
+def limit_nodes(release: Release, nodes: int) -> None:
+    """Let the pool have so many; by their GPUs, since Karpenter counts `nodes` only once they are there."""
+    limits = {"spec": {"limits": {"nvidia.com/gpu": str(8 * nodes)}}}
+    release.plane.api.patch("nodepools.karpenter.sh", f"{release.name}.{release.namespace}", limits)
 
 
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
@@ -46,8 +51,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
         reason = "not all pods ran within 30s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 1m30s"
         assert reason in watcher_log(release)
         assert [reason in message for message in events(release, "GangTimeout")] == [True]
-        api = platform.plane.api
-        api.patch("nodepools.karpenter.sh", f"partial.{release.namespace}", {"spec": {"limits": {"nodes": "3"}}})
+        limit_nodes(release, 3)
         until(lambda: release.phase == "Completed", PATIENCE, "the run is resumed and ends")
         print(f"two nodes to the end of the run: {seconds_since(begun)}")
         assert release.restarts == 1
