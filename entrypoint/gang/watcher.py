@@ -56,7 +56,7 @@ class Watcher:
         while True:
             try:
                 code = self._look()
-                if self.troubled is not None:
+                if self.troubled is not None and code is None:
                     say(f"the API server is of use again after {duration(self.clock() - self.troubled)}")
                     self.troubled = None
             except Unsure as error:
