@@ -44,11 +44,12 @@ demo: setup ## GRPO and DPO on real traces, with a table before/after; DATA=s3:/
 	@$(PYTHON) -m entrypoint.demo $(if $(strip $(DATA)),--data "$(strip $(DATA))") $(if $(strip $(ENDPOINT_URL)),--endpoint-url "$(strip $(ENDPOINT_URL))")
 
 .PHONY: bench
-bench: setup ## Measure preparation at scale, the time to the first step and what a checkpoint costs; see docs/benchmarks.md.
+bench: setup ## Measure preparation at scale, the time to the first step, what a checkpoint and the reference cost; see docs/benchmarks.md.
 	$(PYTHON) -m tests.bench.bench_prepare
 	$(PYTHON) -m tests.bench.bench_start
 	$(PYTHON) -m tests.bench.bench_signals
 	$(PYTHON) -m tests.bench.bench_save
+	$(PYTHON) -m tests.bench.bench_reference
 
 .PHONY: bench-step
 bench-step: setup ## Measure an optimiser step against stock TRL's, some 40 minutes; CHECK=1 fails where a bar is missed.

@@ -43,21 +43,29 @@ def be_rank(argv: list[str]) -> NoReturn:
     """Be one rank, and end the process."""
     watch = Watch()
     watch.listen()
+    failure = None
     try:
         run = load(argv)
         from entrypoint.run import run_rank  # imports torch: only once the configuration stands
 
         run_rank(run, watch)
-        verdict = Verdict(EXIT_DONE)
-    except RunError as error:
-        explain(error)
-        verdict = Verdict(error.exit_code, hold=error.hold, error=str(error))
     except Exception as error:
-        traceback.print_exc()
-        verdict = Verdict(1, error=f"{type(error).__name__}: {error}")
-    watch.close()
+        failure = error
+    watch.close()  # where the watch is ending the process, what breaks here is its doing, and its word the last
+    verdict = said(failure)
     report(verdict)
     leave(verdict.code, TIDY)
+
+
+def said(failure: Exception | None) -> Verdict:
+    """The verdict of a rank that has ended so, and what the log says of it."""
+    if failure is None:
+        return Verdict(EXIT_DONE)
+    if isinstance(failure, RunError):
+        explain(failure)
+        return Verdict(failure.exit_code, hold=failure.hold, error=str(failure))
+    traceback.print_exception(failure)
+    return Verdict(1, error=f"{type(failure).__name__}: {failure}")
 
 
 def leave_pipe() -> None:

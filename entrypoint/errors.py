@@ -15,7 +15,7 @@ class RunError(Exception):
 
     exit_code = EXIT_REFUSED
     by_all = False  # raised by every rank alike: one of each node says it
-    hold = False  # this node was not told to stop, another was: it leaves later
+    hold = False  # the reason to stop is another node's, which leaves first
 
 
 class ConfigError(RunError):
@@ -32,6 +32,10 @@ class ModelError(RunError):
 
 class CheckpointError(RunError):
     """The checkpoints, or an output that stands at `output.path`, can't be used by this run."""
+
+
+class LockedError(CheckpointError):
+    """Another run holds the checkpoint folder: this start never had it."""
 
 
 class DivergedError(RunError):

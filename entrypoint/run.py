@@ -18,7 +18,7 @@ import transformers
 from entrypoint.checkpoint.schedule import Schedule
 from entrypoint.conf import Data, Run
 from entrypoint.data.report import Counts
-from entrypoint.errors import EXIT_DONE, CheckpointError, RunError, StoppedError
+from entrypoint.errors import EXIT_DONE, CheckpointError, LockedError, RunError, StoppedError
 from entrypoint.inspection.advice import MANY_EPOCHS
 from entrypoint.load import Loaded, load, load_model
 from entrypoint.save import save
@@ -45,7 +45,11 @@ def run_rank(run: Run, watch: Watch) -> None:
     """
     _quiet_libraries()
     with joined(run.train.collective_timeout, watch) as world:
-        loaded = load(run, world)
+        try:
+            loaded = load(run, world)
+        except LockedError:  # on rank 0; what the other run's crashes count for is not this start's to say
+            Story.of(run).append("locked")
+            raise
         if loaded is None:
             world.say(f"{run.output.path}: holds this run's complete output already; nothing to do")
             return
@@ -178,6 +182,8 @@ def train(session: Session) -> None:
             hold=session.world.watch.told != STOP,
         )
     session.after = session.evaluate()
+    if session.tracker:
+        session.tracker.log_held_out(session.plan.steps, session.after)
 
 
 def _finish_mirror(session: Session) -> None:

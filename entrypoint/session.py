@@ -76,7 +76,7 @@ class Session:
             said = {**self._judged(), "metrics": self.before}
             note(self.loaded.checkpoints.folder / BEFORE, json.dumps(said).encode(), self.world.warn)
         if self.tracker:
-            self.tracker.log(0, {f"held_out/{name}": value for name, value in self.before.items()})
+            self.tracker.log_held_out(0, self.before)
 
     def evaluate(self, model: nn.Module | None = None) -> dict[str, float]:
         """Held-out metrics of the policy as it is; empty where nothing is held out. All ranks come together."""
@@ -133,10 +133,12 @@ class Session:
 
         def compute(responses: list[int]) -> None:
             bare.train()  # activations are recomputed in training alone
-            with self.trainer.accelerator.autocast():
-                out = bare(**inputs(sequences(groups, np.array(responses)), self.pad, device))
-            out.log_probs.sum().backward()
-            bare.zero_grad(set_to_none=True)
+            try:
+                with self.trainer.accelerator.autocast():
+                    out = bare(**inputs(sequences(groups, np.array(responses)), self.pad, device))
+                out.log_probs.sum().backward()
+            finally:
+                bare.zero_grad(set_to_none=True)
 
         self.plan.sampler.budget = find_budget(
             compute,
@@ -145,6 +147,7 @@ class Session:
             parameters=sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained),
             device=device,
             world=self.world,
+            collective=self.trainer.is_fsdp_enabled,
             folder=self.loaded.checkpoints.folder,
             setting={
                 "fingerprint": self.loaded.fingerprint,

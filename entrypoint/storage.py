@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import IncompleteRead
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -44,6 +43,15 @@ TEMPORARY_CODES = {  # beside those that come with a status of 429 or 5xx
     "Throttling",
     "ThrottlingException",
 }
+# Told by name: importing these libraries takes a second, and may fail where the disk does.
+BROKEN_OFF = {
+    "aiohttp.client_exceptions.ClientError",
+    "botocore.exceptions.ConnectionError",  # refused, no such host, connect timeout
+    "botocore.exceptions.HTTPClientError",  # broken off, read timeout
+    "botocore.parsers.ResponseParserError",
+    "http.client.IncompleteRead",
+}
+STORAGE_ERRORS = BROKEN_OFF | {"botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError"}
 
 
 class Unavailable(ConnectionError):
@@ -119,15 +127,10 @@ def temporary(error: BaseException) -> bool:
         return True
     if code:
         return (status := _status(error)) == 429 or (status >= 500 and status != 501)
-    from aiohttp import ClientError as Broken
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+    kinds = _kinds(error)
+    if "botocore.exceptions.SSLError" in kinds and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return False
-    # botocore's own ConnectionError: refused, no such host, connect timeout; HTTPClientError: broken off, read timeout.
-    kinds = (boto.ConnectionError, boto.HTTPClientError, ResponseParserError, Broken, IncompleteRead)
-    return isinstance(error, kinds)
+    return not kinds.isdisjoint(BROKEN_OFF)
 
 
 @contextmanager
@@ -219,9 +222,9 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 
 def _is_storage_error(error: BaseException) -> bool:
-    if isinstance(error, (OSError, IncompleteRead)):
-        return True
-    from aiohttp import ClientError as Broken
-    from botocore.exceptions import BotoCoreError, ClientError
+    return isinstance(error, OSError) or not _kinds(error).isdisjoint(STORAGE_ERRORS)
 
-    return isinstance(error, (BotoCoreError, ClientError, Broken))
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of the error's classes, with their modules'."""
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
 }
 
+from tests.faults.zygote import Zygote
 from tests.servers.faults import FaultProxy, fault_proxy
 from tests.servers.mlflow import MlflowServer
 from tests.servers.mlflow import mlflow_server as start_mlflow_server
@@ -95,3 +97,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """A process that has imported what a run imports, and forks runs; it has a tiny model too."""
+    with closing(Zygote(tmp_path_factory.mktemp("zygote") / "tiny")) as made:
+        yield made

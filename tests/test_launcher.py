@@ -296,7 +296,7 @@ def test_a_node_that_was_not_told_holds_and_then_leaves_by_itself(launch: Launch
     assert held.poll() is None
     code, _, err = end(held)
     assert code == 75
-    assert "another node was told to stop, this one was not: it holds, saved, for up to 3 s" in err
+    assert "the reason to stop is another node's: this node holds, for up to 3 s" in err
     assert time.monotonic() - begun >= 3
 
 
@@ -309,17 +309,45 @@ def test_a_node_that_holds_leaves_as_soon_as_it_is_told(launch: Launch, tmp_path
     assert end(process)[0] == 75
 
 
-def test_nodes_that_have_lost_each_other_hold_for_different_times(launch: Launch) -> None:
-    nodes = [launch(f"{rank}:exit=76", **NODES, NODE_RANK=str(rank), hold="2") for rank in range(2)]
-    ends = [end(node) for node in nodes]
-    assert [code for code, _, _ in ends] == [76, 76]
-    said = [f"a rank of another node crashed or is lost: this node holds, for up to {seconds} s" for seconds in (1, 2)]
-    assert [words in err for words, (_, _, err) in zip(said, ends, strict=True)] == [True, True]
+BOTH = "other nodes may have ended in the same instant: this node holds"
+LOST = "a rank of another node crashed or is lost: this node holds"
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "holds"),
+    [
+        ("fail=boom", 1, ["", f"{BOTH}, for up to 1 s"]),  # node i of n: i/n of the time
+        ("die=SEGV", 139, ["", f"{BOTH}, for up to 1 s"]),
+        ("exit=75", 75, ["", f"{BOTH}, for up to 1 s"]),  # not told: a storage that is away for all
+        ("exit=76", 76, [f"{LOST}, for up to 0.5 s", f"{LOST}, for up to 1.5 s"]),  # between those
+        ("exit=64", 64, ["", ""]),  # nobody starts it again
+        ("exit=0", 0, ["", ""]),
+    ],
+)
+def test_nodes_that_break_off_in_one_instant_end_one_after_another(
+    launch: Launch, word: str, code: int, holds: list[str]
+) -> None:
+    nodes = [launch(f"*:{word}", **NODES, NODE_RANK=str(node), hold="2") for node in range(2)]
+    for node, hold in zip(nodes, holds, strict=True):
+        ended, _, err = end(node)
+        assert ended == code
+        assert [line for line in err.splitlines() if "holds" in line] == [f"launcher: {hold}"] * bool(hold)
+
+
+def test_a_node_whose_ranks_crashed_ends_its_hold_when_it_is_told(launch: Launch) -> None:
+    """As a scheduler tells it, once the first node has ended: the crash stands, and was no end by a notice."""
+    process = launch("1:fail=boom", **NODES, NODE_RANK="1", hold="600")
+    assert process.stderr is not None
+    while BOTH not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert "the last start crashed (boom)" in end(launch("0:exit=0", hold="0"))[2]
 
 
 def test_a_lone_node_does_not_hold(launch: Launch) -> None:
-    assert end(launch("0:hold", hold="600"))[0] == 75
-    assert end(launch("0:exit=76", hold="600"))[0] == 76
+    for word, code in (("hold", 75), ("exit=76", 76), ("crash=1", 1)):
+        assert end(launch(f"0:{word}", hold="600"))[0] == code
 
 
 def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:

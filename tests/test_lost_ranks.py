@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from tests.process import ROOT, scrubbed
+from tests.process import scrubbed
 from tests.servers.server import free_port
 
 pytestmark = pytest.mark.slow
@@ -24,72 +24,73 @@ TIMEOUT = 10  # of the ranks' collectives, seconds
 SLACK = 15.0  # seconds on a busy machine
 AT_ONCE = 5.0  # seconds from a notice to the end of the process
 
-# Each rank comes to a place where it would stay for ever, unless its words say otherwise: reading a pipe (as in a query
-# or a slow read), or waiting for a rank that does that.
-PROGRAM = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from entrypoint.errors import RunError
-from entrypoint.launch.verdict import leave
-from entrypoint.watch import Watch
-from entrypoint.world import joined
+RANKS = multiprocessing.get_context("forkserver")  # a process of its own each, that need not import torch
+RANKS.set_forkserver_preload(["entrypoint.world", "tests.test_lost_ranks"])
 
-folder, timeout, word = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-watch = Watch()
-watch.listen()
 
-def stay():
-    return (folder / "pipe").read_text()
+def be_rank(rank: int, environ: dict[str, str], folder: Path, word: str) -> None:
+    """Come to a place where it would stay for ever, unless the word says otherwise.
 
-code = 0
-try:
-    with joined(timeout, watch) as world:
-        watch.patience = None if word == "collective" else watch.patience
-        (folder / f"ready.{world.rank}").touch()
-        if word == "once":
-            world.once(stay)
-        elif word == "each":
-            world.each(stay if world.rank == 1 else lambda: 1)
-        elif word == "collective":
-            stay() if world.rank == 1 else dist.all_reduce(torch.ones(1))
-        elif word == "crash" and world.rank == 1:
-            raise ValueError("boom")
-        elif word == "crash":
-            stay()
-except RunError as error:
-    print(f"entrypoint: {error}", file=sys.stderr)
-    code = error.exit_code
-except ValueError as error:
-    code = 1
-watch.close()
-leave(code, 5)
-"""
+    It reads a pipe (as in a query or a slow read), or waits for a rank that does that.
+    """
+    os.environ.clear()
+    os.environ.update(environ)
+    os.dup2(os.open(folder / f"stderr.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    import torch
+    import torch.distributed as dist
+
+    from entrypoint.errors import RunError
+    from entrypoint.launch.verdict import leave
+    from entrypoint.watch import Watch
+    from entrypoint.world import joined
+
+    watch = Watch()
+    watch.listen()
+
+    def stay() -> str:
+        return (folder / "pipe").read_text()
+
+    code = 0
+    try:
+        with joined(TIMEOUT, watch) as world:
+            watch.patience = None if word == "collective" else watch.patience
+            (folder / f"ready.{world.rank}").touch()
+            if word == "once":
+                world.once(stay)
+            elif word == "each":
+                world.each(stay if world.rank == 1 else lambda: "")
+            elif word == "collective":
+                stay() if world.rank == 1 else dist.all_reduce(torch.ones(1))
+            elif word == "crash" and world.rank == 1:
+                raise ValueError("boom")
+            elif word == "crash":
+                stay()
+    except RunError as error:
+        print(f"entrypoint: {error}", file=sys.stderr)
+        code = error.exit_code
+    except ValueError:
+        code = 1
+    watch.close()
+    leave(code, 5)
 
 
 @contextmanager
-def two_ranks(folder: Path, word: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(folder: Path, word: str) -> Iterator[list[BaseProcess]]:
     """Both, where their words have brought them."""
     os.mkfifo(folder / "pipe")
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), str(TIMEOUT), word],
-            env=scrubbed({**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks: list[BaseProcess] = []
+    for rank in range(2):
+        environ = scrubbed({**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        ranks.append(RANKS.Process(target=be_rank, args=(rank, environ, folder, word), daemon=True))
+        ranks[-1].start()
     try:
         until(lambda: all((folder / f"ready.{rank}").exists() for rank in range(2)))
         yield ranks
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+        for process in ranks:
+            process.kill()
+            process.join()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -99,17 +100,24 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def left(rank: subprocess.Popen[str], within: float) -> tuple[int, str]:
+def send(process: BaseProcess, signum: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+
+
+def left(folder: Path, ranks: list[BaseProcess], rank: int, within: float) -> tuple[int, str]:
     """The code and the last line of a rank that leaves in time."""
-    _, err = rank.communicate(timeout=within)
-    return rank.returncode, (err.strip().splitlines() or [""])[-1]
+    ranks[rank].join(within)
+    code = ranks[rank].exitcode
+    assert code is not None, f"rank {rank} is there after {within:g} s"
+    return code, ((folder / f"stderr.{rank}").read_text().strip().splitlines() or [""])[-1]
 
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_notice_ends_all_ranks_while_one_works_and_the_others_wait(tmp_path: Path, told: int) -> None:
     with two_ranks(tmp_path, "once") as ranks:
-        ranks[told].send_signal(signal.SIGTERM)
-        ends = [left(ranks[rank], AT_ONCE + SLACK / 3) for rank in (told, 1 - told)]
+        send(ranks[told], signal.SIGTERM)
+        ends = [left(tmp_path, ranks, rank, AT_ONCE + SLACK / 3) for rank in (told, 1 - told)]
     assert [code for code, _ in ends] == [75, 75]
     assert ends[0 if told == 0 else 1][1] == "entrypoint: told to stop; start the same command again to go on"
 
@@ -128,8 +136,8 @@ def test_a_lost_rank_is_not_waited_for_beyond_the_time_out(
     tmp_path: Path, word: str, victim: int, how: signal.Signals, why: str
 ) -> None:
     with two_ranks(tmp_path, word) as ranks:
-        ranks[victim].send_signal(how)
-        code, line = left(ranks[1 - victim], TIMEOUT + SLACK)
+        send(ranks[victim], how)
+        code, line = left(tmp_path, ranks, 1 - victim, TIMEOUT + SLACK)
     assert code == 76, line
     assert why in line
 
@@ -137,13 +145,13 @@ def test_a_lost_rank_is_not_waited_for_beyond_the_time_out(
 def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
     """Longer than the time-out that would end it if it were lost."""
     with two_ranks(tmp_path, "once") as ranks:
-        with pytest.raises(subprocess.TimeoutExpired):
-            ranks[1].wait(TIMEOUT * 1.5)
+        ranks[1].join(TIMEOUT * 1.5)
+        assert all(process.is_alive() for process in ranks)
         (tmp_path / "pipe").write_text("made")
-        assert [left(rank, SLACK * 2) for rank in ranks] == [(0, ""), (0, "")]
+        assert [left(tmp_path, ranks, rank, SLACK * 2) for rank in range(2)] == [(0, ""), (0, "")]
 
 
 def test_the_others_learn_of_a_crash_and_need_not_wait_for_the_time_out(tmp_path: Path) -> None:
     with two_ranks(tmp_path, "crash") as ranks:
-        assert left(ranks[1], SLACK)[0] == 1
-        assert left(ranks[0], SLACK) == (76, "entrypoint: rank 1 crashed: ValueError: boom; leaving")
+        assert left(tmp_path, ranks, 1, SLACK)[0] == 1
+        assert left(tmp_path, ranks, 0, SLACK) == (76, "entrypoint: rank 1 crashed: ValueError: boom; leaving")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from entrypoint.attempts import crashes_in_a_row
 from entrypoint.errors import RunError
 from entrypoint.launch.restarts import Restarts
-from entrypoint.story import STORY, Story, crashes_in_a_row
+from entrypoint.story import STORY, Story
 
 Line = dict[str, Any]
 
@@ -83,6 +84,15 @@ def test_a_second_run_on_the_folder_takes_no_line_of_the_first(tmp_path: Path) -
     ).attempts()
     assert (first.how, first.saved, first.error) == ("crash", 7, "a bug")
     assert (second.how, second.saved) == ("refused", 0)
+
+
+def test_a_second_run_that_never_had_the_folder_leaves_the_first_ones_crashes_counted(tmp_path: Path) -> None:
+    """Its 64 is no human's word on them: the next start of the run is the third crash's refusal."""
+    locked = {"event": "launch", "launch": "r"}, {"event": "locked", "launch": "r"}, end("r", 64, node=0)
+    story = told(tmp_path, *crash("a"), *crash("b"), start("c"), *locked, end("c", 1, node=0, error="error of c"))
+    assert [attempt.how for attempt in story.attempts()] == ["crash", "crash", "crash", "locked"]
+    with pytest.raises(RunError, match=r"3 starts in a row crashed.*the first: error of a;"):
+        Restarts(story, 3, None).pause()
 
 
 def crash(name: str) -> tuple[Line, Line]:

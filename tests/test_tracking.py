@@ -27,7 +27,6 @@ RECORD = {
     "method": "dpo",
     "iteration": 3,
     "date": "2026-11-23T06:00:00+00:00",
-    "metrics": {"before": {"accuracy": 0.5}, "after": {"accuracy": 0.75}},
 }
 
 
@@ -59,6 +58,7 @@ def test_every_line_holds_step_epoch_time_and_metrics(tmp_path: Path) -> None:
     tracker = Tracker(run_of(tmp_path), resumed_at=0, total_steps=20)
     tracker.log(10, {"loss": 0.5, "grad_norm": math.inf, "epoch": 0.25})
     text = (tmp_path / "checkpoints" / "metrics.jsonl").read_text()  # before any close: a crash loses no line
+    tracker.log_held_out(20, {"accuracy": 0.75})
     tracker.finish(RECORD)
     line = json.loads(text, parse_constant=pytest.fail)
     assert line.pop("time").endswith("+00:00")
@@ -198,6 +198,7 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     tracker = Tracker(run, resumed_at=20, total_steps=40)
     for step in (30, 40):
         tracker.log(step, {"loss": step / 10})
+    tracker.log_held_out(40, {"accuracy": 0.75})
     tracker.finish(RECORD)
     (done,) = client.search_runs([stopped.info.experiment_id])
     assert done.info.run_id == stopped.info.run_id
@@ -241,7 +242,7 @@ def test_a_run_its_metrics_and_its_model_are_on_the_server(
     for step in range(1, 31):
         tracker.log(step, {"loss": 1.0})
     assert time.monotonic() - start < 2.0
-    tracker.finish({**RECORD, "metrics": {"after": {}}})
+    tracker.finish(RECORD)
     assert steps_of(tmp_path / "gone") == list(range(1, 31))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mlflow: ")]
     # Metrics go out by a thread of their own: either failure may be told first.

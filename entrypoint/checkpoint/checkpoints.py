@@ -7,9 +7,7 @@ manifest.
 
 from __future__ import annotations
 
-import atexit
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -23,6 +21,7 @@ from transformers import TrainerState
 
 from entrypoint.checkpoint import find, reader
 from entrypoint.checkpoint.manifest import DamagedError, Manifest
+from entrypoint.checkpoint.saving import Saving
 from entrypoint.checkpoint.staging import Staging
 from entrypoint.checkpoint.state import get_place, get_state, own_share, set_state
 from entrypoint.checkpoint.writer import SaveRefused, Writer
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 TRAINER_STATE = "trainer_state.json"  # the name transformers' Trainer looks for
 SCHEDULER = "scheduler.json"
-LEAVE_SECONDS = 10  # a process that ends for another reason does not wait longer for what is being written
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Checkpoints:
         self.newest: int | None = None
         self._staging = Staging()
         self._writer: Writer | None = None
-        self._save: _Save | None = None
+        self._save: Saving | None = None
 
     # Save ------------------------------------------------------------------------------------------------------------
 
@@ -116,7 +114,7 @@ class Checkpoints:
             documents[SCHEDULER] = json.dumps(scheduler.state_dict())
             documents[TRAINER_STATE] = json.dumps({field.name: getattr(state, field.name) for field in fields(state)})
         manifest = Manifest(state.global_step, self.fingerprint, best, {})
-        self._save = _Save(manifest.step, lambda save: self._write(save, staged, documents, manifest), began)
+        self._save = Saving(manifest.step, lambda save: self._write(save, staged, documents, manifest), began)
 
     def wait(self) -> None:
         """Wait until what was saved is complete on disk; every rank comes, at a stop and at the end too.
@@ -142,7 +140,7 @@ class Checkpoints:
                 f"{self.newest}"
             )
 
-    def _write(self, save: _Save, staged: dict[str, Any], documents: dict[str, str], manifest: Manifest) -> None:
+    def _write(self, save: Saving, staged: dict[str, Any], documents: dict[str, str], manifest: Manifest) -> None:
         """In the thread."""
         assert self._writer is not None
         path, whole = self._writer.write(staged, documents, manifest)
@@ -239,36 +237,3 @@ class Checkpoints:
         set_state(state, model, optimizer, rank=rank)
         scheduler.load_state_dict(json.loads((path / SCHEDULER).read_text()))
         self.newest = find.step_of(path)
-
-
-class _Save:
-    """One save under way, in a thread of its own."""
-
-    def __init__(self, step: int, write: Callable[[_Save], None], began: float) -> None:
-        self.step, self.began = step, began
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint-writer", daemon=True)
-        self.stall = time.monotonic() - began
-        self._thread.start()
-        atexit.register(self._leave)
-
-    def result(self, patience: float) -> BaseException | None:
-        """What went wrong, once it has ended.
-
-        Raises:
-            TimeoutError: it has not, in `patience` seconds.
-        """
-        self._thread.join(patience)
-        atexit.unregister(self._leave)
-        if self._thread.is_alive():
-            raise TimeoutError(f"step {self.step} was not saved within {patience} s: the storage does not answer")
-        return self.error
-
-    def _run(self, write: Callable[[_Save], None]) -> None:
-        try:
-            write(self)
-        except BaseException as error:  # given to whoever asks for the result
-            self.error = error
-
-    def _leave(self) -> None:
-        self._thread.join(LEAVE_SECONDS)  # native code of a daemon thread must not meet the interpreter's end

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.errors import CheckpointError
+from entrypoint.errors import CheckpointError, LockedError
 
 LOCK = "lock"
 BEAT = 3.0  # seconds between two beats
@@ -60,7 +60,7 @@ class Lock:
         """Take the folder.
 
         Raises:
-            CheckpointError: another run holds it and did not leave within `patience`.
+            LockedError: another run holds it and did not leave within `patience`.
         """
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         began = time.monotonic()
@@ -84,7 +84,7 @@ class Lock:
                     break
                 os.close(self._file)
                 self._file = None
-                raise CheckpointError(
+                raise LockedError(
                     f"{self.path.parent}: is held by another run, {_holder(beat)}; "
                     "give this run a checkpoint.path of its own, or end that one"
                 )

@@ -44,8 +44,8 @@ class Checkpoint:
     )
     hold_seconds: int = key(
         60,
-        "Seconds that a node waits, saved, to be told to stop too, after another was: all pods that end in one instant "
-        "can make the scheduler give the run up.",
+        "Seconds over which nodes that were not told to stop leave one after another, unless they are told meanwhile: "
+        "all pods that end in one instant can make the scheduler give the run up.",
         minimum=0,
     )
     max_crashes: int = key(

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from entrypoint.attempts import LOST_WEIGHT, crashes_in_a_row
 from entrypoint.conf import Run
 from entrypoint.errors import EXIT_REFUSED, RunError
 from entrypoint.launch.topology import Topology, read_number
 from entrypoint.launch.verdict import Verdict
-from entrypoint.story import LOST_WEIGHT, Story, crashes_in_a_row
+from entrypoint.story import Story
 
 LONGEST_PAUSE = 60.0  # seconds; the first is of two, and each twice the one before
 

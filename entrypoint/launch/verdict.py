@@ -25,7 +25,7 @@ class Verdict:
 
     Attributes:
         code: the exit code.
-        hold: with 75: another node was told to stop, this one was not, so it is to leave later.
+        hold: with 75: the reason is another node's, which is to leave first.
         alone: with 75: it was told and left at once, without the others' agreement; they may not know and call it lost.
         error: one line, where the code is a crash's.
     """

@@ -26,21 +26,16 @@ class Segment:
     prompt: int
     responses: tuple[int, ...]
 
-    @property
-    def size(self) -> int:
-        return self.prompt + sum(self.responses)
-
 
 @dataclass(frozen=True)
 class Layout:
-    """One packed row of N tokens for a batch of shape (B, L), of which S positions are scored.
+    """One packed row of N tokens for a batch of shape (B, L), of which P positions are scored, S of them distinct.
 
     Shape:
         ids, positions, own, prompt, counts (N,): token, its distance from its row's start, the part that it belongs
             to, the part of its prompt (its own in a prompt), and the rows of the batch that it stands for.
-        scored, labels, place (S,): where the predicting token stands in the packed row, the token that it is to
-            predict, and the flat index into (B, L - 1) where the result belongs.
-    padded: B x L, what a plain forward would compute.
+        scored, labels (S,): where the predicting token stands in the packed row, and the token that it is to predict.
+        place, source (P,): the flat index into (B, L - 1) where a result belongs, and which of the S results it is.
     """
 
     ids: Ints
@@ -51,8 +46,8 @@ class Layout:
     scored: Ints
     labels: Ints
     place: Ints
+    source: Ints
     segments: tuple[Segment, ...]
-    padded: int
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,10 +107,10 @@ def lay_out(input_ids: Any, attention_mask: Any, labels: Any, *, whole: bool = F
             part = parts.setdefault((tokens.tobytes(), positions.tobytes()), _Part(tokens, positions))
             part.rows.append(row)
             parts = part.followers
-    return _packed(prompts, marks, ids.size)
+    return _packed(prompts, marks)
 
 
-def _packed(prompts: _Parts, marks: Ints, padded: int) -> Layout:
+def _packed(prompts: _Parts, marks: Ints) -> Layout:
     arrays: dict[str, list[Ints]] = {name: [] for name in ("ids", "positions", "own", "prompt", "counts")}
     scored, labels, place, segments = [], [], [], []
     at = number = 0
@@ -144,13 +139,17 @@ def _packed(prompts: _Parts, marks: Ints, padded: int) -> Layout:
                 add(response, own)
         sizes = tuple(len(response.ids) for response in prompt.followers.values() if len(response.ids))
         segments.append(Segment(start, len(prompt.ids), sizes))
+    # Rows with one response, as in pairs, have its results in common: the head computes each once.
+    wanted = np.concatenate(labels)
+    tokens = int(wanted.max()) + 1
+    distinct, source = np.unique(np.concatenate(scored) * tokens + wanted, return_inverse=True)
     return Layout(
         **{name: np.concatenate(values) for name, values in arrays.items()},
-        scored=np.concatenate(scored),
-        labels=np.concatenate(labels),
+        scored=distinct // tokens,
+        labels=distinct % tokens,
         place=np.concatenate(place),
+        source=source,
         segments=tuple(segments),
-        padded=padded,
     )
 
 

@@ -50,7 +50,7 @@ class Tracker:
         self._log = MetricsLog(folder, resumed_at=resumed_at, fresh=fresh)
         write_atomically(folder / RUN_FILE, json.dumps({"run": name}).encode())
         self._progress = Progress(total=total_steps, done=resumed_at)
-        self._total, self._closed = total_steps, False
+        self._closed = False
 
     def step(self, step: int) -> None:
         """A step has ended, or (once, with the step that the run starts from) the steps begin."""
@@ -69,17 +69,20 @@ class Tracker:
             if self._mlflow:
                 self._mlflow.log(step, values)
 
+    def log_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write an evaluation after `step` down."""
+        self.log(step, {f"{HELD_OUT}{name}": value for name, value in metrics.items()})
+
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of this step is written down."""
         return self._log.holds(step, HELD_OUT)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Log the metrics after training and register the model.
+        """Register the model. All metrics are written before: once the output is complete, no start comes after a kill.
 
         Args:
             record: run.json.
         """
-        self.log(self._total, {f"{HELD_OUT}{name}": value for name, value in record["metrics"]["after"].items()})
         if self._mlflow:
             tags = {name: str(record[name]) for name in ("base_model", "method", "iteration", "date")}
             self._mlflow.finish(self._run.tracking.registered_model, self._run.output.path, tags)

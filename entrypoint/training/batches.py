@@ -82,6 +82,13 @@ class Step(NamedTuple):
     imbalance: float
 
 
+class Bundle(NamedTuple):
+    """Atoms that a rank computes together, and the tokens of that."""
+
+    atoms: list[list[int]]
+    load: int
+
+
 class MicroBatch(NamedTuple):
     """One forward pass of one rank; `responses` is empty where the rank has nothing left to do in this step."""
 
@@ -216,24 +223,23 @@ class StepSampler:
         A group stays on one rank, which computes its prompt once, unless that keeps the others waiting: then the
         costliest groups are cut in two or more where that ends the step sooner, their prompts computed once a part.
         """
-        bundles = sorted(self._bundles(step), key=lambda atoms: -self._load(atoms))
-        best, least = self._deal(bundles)
-        even = sum(map(self._load, bundles)) / self.world_size
+        whole = sorted(map(self._loaded, self._bundles(step)), key=lambda bundle: -bundle.load)
+        best, least = self._deal(whole)
+        even = sum(bundle.load for bundle in whole) / self.world_size
         for parts in SPLITS if self.cost.shared and least > WAIT * even else ():
+            split = [[self._loaded(part) for part in _split(bundle.atoms, parts)] for bundle in whole]
             for share in range(1, CUTS + 1):
-                first = -(-len(bundles) * share // CUTS)
-                cut = [part for atoms in bundles[:first] for part in _split(atoms, parts)] + bundles[first:]
-                dealt, most = self._deal(cut)
+                first = -(-len(whole) * share // CUTS)
+                dealt, most = self._deal([part for bundle in split[:first] for part in bundle] + whole[first:])
                 if most < least:
                     best, least = dealt, most
         return [sorted(atoms, key=self._place) for atoms in best]
 
-    def _deal(self, bundles: list[list[list[int]]]) -> tuple[list[list[list[int]]], int]:
+    def _deal(self, bundles: list[Bundle]) -> tuple[list[list[list[int]]], int]:
         """The atoms of each rank, and the tokens of the most loaded one."""
-        costs = [self._load(atoms) for atoms in bundles]
-        dealt = deal(costs, self.world_size)
-        most = max(sum(costs[i] for i in mine) for mine in dealt)
-        return [[atom for i in mine for atom in bundles[i]] for mine in dealt], most
+        dealt = deal([bundle.load for bundle in bundles], self.world_size)
+        most = max(sum(bundles[i].load for i in mine) for mine in dealt)
+        return [[atom for i in mine for atom in bundles[i].atoms] for mine in dealt], most
 
     def _bundles(self, step: Int64) -> list[list[list[int]]]:
         """The atoms of a step by group; one by one where nothing is shared."""
@@ -244,9 +250,10 @@ class StepSampler:
             return list(bundles.values())
         return [[atom] for atoms in bundles.values() for atom in atoms]
 
-    def _load(self, bundle: list[list[int]]) -> int:
-        responses = [r for atom in bundle for r in atom]
-        return self.cost.distinct(responses) if self.cost.shared else int(self.cost.row[responses].sum())
+    def _loaded(self, atoms: list[list[int]]) -> Bundle:
+        responses = [r for atom in atoms for r in atom]
+        load = self.cost.distinct(responses) if self.cost.shared else int(self.cost.row[responses].sum())
+        return Bundle(atoms, load)
 
     def _place(self, atom: list[int]) -> tuple[int, int]:
         """Where an atom stands in its rank's step: a group's atoms together; rows of like length where padded."""

@@ -144,6 +144,6 @@ class Course(TrainerCallback):
         return self.tracker is None or self.tracker.evaluated(step)
 
     def _evaluate(self, state: TrainerState) -> None:
-        metrics = {f"held_out/{name}": value for name, value in self.evaluate().items()}
+        metrics = self.evaluate()
         if self.tracker:
-            self.tracker.log(state.global_step, metrics)
+            self.tracker.log_held_out(state.global_step, metrics)

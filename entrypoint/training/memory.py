@@ -41,6 +41,7 @@ def find_budget(
     parameters: int,
     device: torch.device,
     world: World,
+    collective: bool,
     folder: Path,
     setting: dict[str, Any],
 ) -> int:
@@ -49,8 +50,13 @@ def find_budget(
     Args:
         compute: forward and backward over some responses; leaves no gradient behind.
         parameters: trained ones that this rank holds.
+        collective: the ranks meet within `compute`, as they do under FSDP.
         folder: where the answer is kept.
         setting: what else it depends on.
+
+    Raises:
+        MemoryError: a collective `compute` ran out of memory here. The others may stand anywhere in it, so nothing can
+            be agreed on any more; the next start takes what has fitted.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
     machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": _ranks_here()}
@@ -60,20 +66,28 @@ def find_budget(
         world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
         return known
     best = size = FIRST
-    _write(world, folder, setting, best)  # what a run killed for its memory starts again with
+    _write(world, folder, setting, best)  # what a run that this ends starts again with
     tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
     while size < most and used + GROWTH * slope * (2 * size - tokens) <= ROOM:
         size = min(2 * size, most)
         batch = _longest(sampler.cost, groups, size)
-        need, free = _measured(partial(compute, batch), device)
-        # The fullest rank decides for all, and before any of them is too full: a rank that fails leaves the others
-        # waiting in a collective.
-        share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
-        best = size if share <= ROOM else best
         computed = sampler.cost.of(batch)
+        try:
+            need, free = _measured(partial(compute, batch), device)
+        except torch.OutOfMemoryError as error:
+            if collective:
+                raise MemoryError(
+                    f"train.micro_batch_tokens=auto: a forward pass over {computed:,} tokens ran out of memory; "
+                    f"the next start takes {best:,}"
+                ) from error
+            need, free = math.inf, 1.0
+        # The fullest rank decides for all, and before any of them is too full.
+        share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
+        if share <= ROOM:
+            best = size
+            _write(world, folder, setting, best)
         slope = max(slope, (share - used) / max(computed - tokens, 1.0))
         tokens, used = computed, share
-    _write(world, folder, setting, best)
     world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
     return best
 
@@ -91,15 +105,12 @@ def _longest(cost: Cost, groups: Groups, tokens: int) -> list[int]:
 
 
 def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Bytes that `work` needs beyond what is there, and those that are free before it; infinite where it fails."""
+    """Bytes that `work` needs beyond what is there, and those that are free before it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
-        try:
-            work()
-        except torch.OutOfMemoryError:
-            return math.inf, free
+        work()
         return torch.cuda.max_memory_allocated(device) - before, free
     _give_back()
     try:

@@ -18,7 +18,7 @@ import pytest
 
 from entrypoint.checkpoint import lock as module
 from entrypoint.checkpoint.lock import LOCK, Lock
-from entrypoint.errors import CheckpointError
+from entrypoint.errors import CheckpointError, LockedError
 from tests.e2e.runs import wait_until
 
 FORK = multiprocessing.get_context("fork")  # a child that starts in no time
@@ -56,7 +56,7 @@ def test_the_second_run_says_who_holds_the_folder_and_leaves(tmp_path: Path) -> 
     said: list[str] = []
     with another(tmp_path) as (process, _):
         for _ in range(3):
-            with pytest.raises(CheckpointError) as refused:
+            with pytest.raises(LockedError) as refused:
                 taken(tmp_path, 0.5, said)
             assert refused.value.exit_code == 64
             text = str(refused.value)

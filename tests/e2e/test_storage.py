@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import traces
-from tests.e2e.runs import TINY_RUN, Ended, Start, kill, sha256, wait_until
+from tests.e2e.runs import TINY_RUN, Ended, sha256
+from tests.faults.life import Life
+from tests.faults.zygote import Zygote
 from tests.servers.faults import FAULTS, HOLE, FaultProxy, at_random, every, fault_proxy
 from tests.servers.s3 import S3Server
 
@@ -26,7 +28,7 @@ class Scene:
     """One run on S3, started again and again, and the straight one on disk."""
 
     straight: Ended
-    start: Start
+    life: Life
     bucket: Path  # its objects as files
     proxy: FaultProxy
 
@@ -36,7 +38,7 @@ class Scene:
 
     def lose_the_disk(self) -> None:
         for name in ("checkpoints", "models"):
-            shutil.rmtree(self.start.folder / name)
+            shutil.rmtree(self.life.folder / name)
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,28 @@ class Told:
     after_the_loss: str  # stdout of the start that found an empty disk
     published: list[str]  # what was at output.path when that start was killed there
     unwritten: Ended
+    evaluated: list[int]  # the steps whose evaluation was written down when that start had ended
     last: Ended
     faults: int
 
 
+def life(zygote: Zygote, folder: Path, *words: str) -> Life:
+    """A run of one process."""
+    folder.mkdir()
+    places = f"checkpoint.path={folder / 'checkpoints'}", f"output.path={folder / 'out'}"
+    return Life(zygote, folder, 1, False, {word.partition("=")[0]: word for word in (*COURSE, *places, *words)})
+
+
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, tiny: Path, s3: S3Server) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote, s3: S3Server) -> Iterator[Scene]:
     folder, bucket = tmp_path_factory.mktemp("storage"), s3.bucket("e2e")
-    lake = traces.write_hive(folder / "lake", traces.learnable())
-    straight = Start(folder / "straight", (*COURSE, f"data.path={lake}", f"model.path={tiny}")).run()
+    lake, tiny = traces.write_hive(folder / "lake", traces.learnable()), zygote.model
+    straight = life(zygote, folder / "straight", f"data.path={lake}", f"model.path={tiny}").start().end()
     assert straight.code == 0, straight.err
     with fault_proxy(s3.endpoint_url) as proxy:
-        words = (
-            *COURSE,
+        broken = life(
+            zygote,
+            folder / "run",
             f"data.path={s3.upload(lake, bucket, 'lake')}/",
             f"data.endpoint_url={proxy.endpoint_url}",
             f"model.path={s3.upload(tiny, bucket, 'base')}",
@@ -68,22 +79,25 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny: Path, s3: S3Server) ->
             f"checkpoint.mirror=s3://{bucket}/mirror",
             f"output.path=s3://{bucket}/out",
         )
-        start = Start(folder / "run", words, {**s3.env, "AWS_MAX_ATTEMPTS": "8"})
-        yield Scene(straight, start, s3.root / bucket, proxy)
+        yield Scene(straight, broken, s3.root / bucket, proxy)
+        zygote.kill_all()
 
 
 @pytest.fixture(scope="module")
-def told(scene: Scene) -> Told:
-    proxy, start = scene.proxy, scene.start
+def told(scene: Scene, s3: S3Server) -> Told:
+    proxy, run = scene.proxy, scene.life
     weather = at_random(7, 0.2, FAULTS)
 
     proxy.plan = every(1, ["503"])
-    outage = Start(start.folder, start.words, {**(start.env or {}), "AWS_MAX_ATTEMPTS": "2"}).run()
+    run.env = {**s3.env, "AWS_MAX_ATTEMPTS": "2"}
+    outage = run.start().end()
 
     proxy.plan = weather
-    with start.process() as process:
-        wait_until(lambda: len(scene.mirrored()) > 1 or process.poll() is not None)
-        kill(process)
+    run.env = {**s3.env, "AWS_MAX_ATTEMPTS": "8"}
+    start = run.start()
+    start.wait_for(lambda: len(scene.mirrored()) > 1)
+    start.lose()
+    start.end()
     mirrored = scene.mirrored()
     scene.lose_the_disk()
 
@@ -91,18 +105,20 @@ def told(scene: Scene) -> Told:
     proxy.plan = lambda n, method, path: (
         HOLE if method == "PUT" and path.endswith(f"/out/{WEIGHTS}") else weather(n, method, path)
     )
-    with start.process() as process:
-        wait_until(lambda: proxy.injected[HOLE] > 0 or process.poll() is not None)
-        kill(process)
-    after_the_loss = (start.folder / "stdout").read_text()
+    start = run.start()
+    start.wait_for(lambda: proxy.injected[HOLE] > 0)
+    start.lose()
+    after_the_loss = start.end().out
     published = sorted(path.name for path in (scene.bucket / "out").iterdir())
 
     proxy.plan = lambda n, method, path: (
         "503" if method == "PUT" and path.endswith(f"/out/{WEIGHTS}") else weather(n, method, path)
     )
-    unwritten = start.run()
+    unwritten = run.start().end()
+    evaluated = [*unwritten.curve("held_out/accuracy")]
     proxy.plan = weather
-    return Told(outage, mirrored, after_the_loss, published, unwritten, start.run(), sum(proxy.injected.values()))
+    last = run.start(real=True).end()  # the command itself, with all that it imports on the way
+    return Told(outage, mirrored, after_the_loss, published, unwritten, evaluated, last, sum(proxy.injected.values()))
 
 
 def test_an_outage_at_the_start_ends_with_75_in_one_line(told: Told) -> None:
@@ -126,6 +142,7 @@ def test_a_result_that_was_cut_off_is_not_seen_and_not_lost(told: Told) -> None:
     assert told.unwritten.code == 75, told.unwritten.err
     assert "the final model was not written" in told.unwritten.last_word
     assert "Traceback" not in told.unwritten.err
+    assert told.evaluated[-1] == STEPS  # a kill after run.json is too late to write it
 
 
 def test_the_end_is_the_straight_runs(told: Told, scene: Scene) -> None:

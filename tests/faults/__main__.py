@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from tests.faults.judge import Verdict
 from tests.faults.life import ENDED, PHASES
 from tests.faults.scene import Scene, scene
 from tests.faults.table import ROWS, Row
+from tests.faults.zygote import Zygote
 
 AT_ONCE = 2  # cases: what two cores take
 NAMED = {row.name: row for row in ROWS if row.case}
@@ -59,7 +61,11 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=options.dir))
     print(f"faults: {len(todo)} cases, seed {options.seed}, in {folder}", flush=True)
     tallies, lock, begun = {name: Tally() for name in NAMED}, threading.Lock(), time.monotonic()
-    with scene(folder) as shared, ThreadPoolExecutor(AT_ONCE) as pool:
+    with (
+        closing(Zygote(folder / "tiny")) as zygote,
+        scene(folder, zygote) as shared,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
 
         def one(row: Row, number: int) -> None:
             case, since = f"{row.name}:{number}", time.monotonic()

@@ -6,13 +6,14 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tests.e2e.runs import Ended
 from tests.faults.aim import moments, strike
-from tests.faults.hits import TOLD, all_ranks, kill_rank, lose, stop_rank, tell_launcher
+from tests.faults.hits import TOLD, Hit, kill_rank, lose, standing_still, stop_rank, tell_launcher
 from tests.faults.judge import CRASH, LOST, STOPPED, Broken, Verdict, Wrong, check, exact, finish, told
-from tests.faults.life import COURSE, ENDED, Life
+from tests.faults.life import COURSE, PATIENCE, Life, lease
 from tests.faults.scene import SHAPES, STEPS, Scene, Shape
 from tests.faults.storage import mirrored, on_s3
 
@@ -21,27 +22,47 @@ REAL_EVERY = 7  # each seventh case begins with the real command
 Case = Callable[[Scene, str, int, random.Random], Verdict]
 
 
-# kill -9 -------------------------------------------------------------------------------------------------------------
+# Again and again, at moments of the whole run ------------------------------------------------------------------------
+
+WAYS: dict[str, Hit] = {**TOLD, "machine": lose, "rank": kill_rank}
 
 
-def kill(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
-    """A lost machine, or one rank killed, at moments of the whole run; now and then the disk is lost with it."""
+@contextmanager
+def broken(
+    scene: Scene, name: str, number: int, dice: random.Random, ways: Sequence[str]
+) -> Iterator[tuple[Life, Ended, Verdict]]:
+    """A life broken at several moments in some of WAYS, the straight run's end, and what has happened so far."""
     shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
     straight = scene.straight(shape)
     with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
         real = number % REAL_EVERY == 0 and not shape.fsdp
         for index, phase in enumerate(moments(life, dice, real=real)):
             start = life.start(real=real and index == 0)
-            what = dice.choice(("machine", "machine", "rank"))
-            fault = strike(start, phase, straight.seconds, dice, kill_rank if what == "rank" else lose, what)
-            fault.how = CRASH if what == "rank" else LOST
-            verdict.faults.append(fault)
+            what = dice.choice(ways)
+            verdict.faults.append(strike(start, phase, straight.seconds, dice, WAYS[what], what))
             if start.done:
                 break
+        yield life, straight.ended, verdict
+
+
+def kill(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
+    """A lost machine, or one rank killed; now and then the disk is lost with it."""
+    with broken(scene, name, number, dice, ("machine", "machine", "rank")) as (life, straight, verdict):
+        for fault in verdict.faults:
+            fault.how = CRASH if fault.what == "rank" else LOST
         if life.words.get("checkpoint.mirror") and dice.random() < 0.5:
-            from_the_mirror(life, straight.ended)
+            from_the_mirror(life, straight)
         else:
-            finish(life, straight.ended, verdict)
+            finish(life, straight, verdict)
+    return verdict
+
+
+def term(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
+    """Notices to the launcher, to one rank, to all, and twice."""
+    with broken(scene, name, number, dice, (*TOLD,)) as (life, straight, verdict):
+        for fault in verdict.faults:
+            fault.repeat = 1
+        finish(life, straight, verdict)
     return verdict
 
 
@@ -54,27 +75,6 @@ def from_the_mirror(life: Life, straight: Ended) -> None:
     resumed = [line for line in ended.out.splitlines() if line.startswith("resuming from ")]
     since = int(resumed[0].rpartition("step-")[2]) + 1 if resumed else 0
     exact(ended, straight, since=since if ended.lines else STEPS + 1)  # none: it was done before the disk was lost
-
-
-# SIGTERM -------------------------------------------------------------------------------------------------------------
-
-
-def term(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
-    """Notices to the launcher, to one rank, to all, and twice."""
-    shape, verdict = SHAPES[number % len(SHAPES)], Verdict()
-    straight = scene.straight(shape)
-    with mirrored(scene, name, shape, on=number // len(SHAPES) % 2 == 0) as life:
-        real = number % REAL_EVERY == 0 and not shape.fsdp
-        for index, phase in enumerate(moments(life, dice, real=real)):
-            start = life.start(real=real and index == 0)
-            what = dice.choice((*TOLD,))
-            fault = strike(start, phase, straight.seconds, dice, TOLD[what], what)
-            fault.repeat = 1
-            verdict.faults.append(fault)
-            if start.done:
-                break
-        finish(life, straight.ended, verdict)
-    return verdict
 
 
 # One rank of two -----------------------------------------------------------------------------------------------------
@@ -142,27 +142,28 @@ def two(scene: Scene, name: str, number: int, dice: random.Random) -> Verdict:
     """Two runs on one folder at once: one wins, the other says who holds it, and leaves with 64."""
     shape, verdict = SHAPES[number % 4], Verdict()
     straight = scene.straight(shape)
-    life = scene.life(name, shape, "checkpoint.grace_seconds=1")
-    starts = [life.start()]
+    life = scene.life(name, shape, "checkpoint.grace_seconds=1", f"train.collective_timeout={PATIENCE}")
+    first = life.start()
     begun = time.monotonic() + dice.uniform(0, 0.5)
-    starts[0].wait_for(lambda: time.monotonic() >= begun)
-    starts.append(life.start())
-    holders = [next(iter(all_ranks(start)), start.process).pid for start in starts]
-    ended = [start.end() for start in starts]
-    codes = [end.code for end in ended]
-    if codes == [0, 0] and any("holds this run's complete output already" in end.out for end in ended):
-        # The winner had ended before the other's second of waiting was over: nothing was held against it.
-        verdict.faults.append(Broken(ENDED, "", "second run", 0, counted=False, repeat=0, seconds=0.0))
-        return verdict
-    if sorted(codes) != [0, 64]:
-        raise Wrong(f"{life.folder}: two runs ended with {codes}, expected 0 and 64: {ended[0].err} {ended[1].err}")
-    winner, loser = codes.index(0), codes.index(64)
-    check(64, (64,), starts[loser], ended[loser])
-    said = f"entrypoint: {life.checkpoints}: is held by another run, process {holders[winner]} on "
-    if not ended[loser].last_word.startswith(said):
-        raise Wrong(f"{life.folder}: the loser said {ended[loser].last_word!r}, expected {said!r}")
-    exact(ended[winner], straight.ended)
+    first.wait_for(lambda: time.monotonic() >= begun)
+    second = life.start()
+    if not first.wait_for(lambda: bool(lease(life))):
+        raise Wrong(f"{life.folder}: the first run has ended and nobody holds the folder: {first.end().err}")
+    holder = int(lease(life)["pid"])
+    winner, loser = sorted((first, second), key=lambda start: holder not in [rank.pid for rank in start.ranks()])
+    with standing_still(winner.ranks()):  # else it might be done before the other has waited its second
+        refused = loser.end()
+    check(refused.code, (64,), loser, refused)
+    said = f"entrypoint: {life.checkpoints}: is held by another run, process {holder} on "
+    if not refused.last_word.startswith(said):
+        raise Wrong(f"{life.folder}: the loser said {refused.last_word!r}, expected {said!r}")
+    if life.events("locked") != 1:  # else its end would be taken for one of the winner's run
+        raise Wrong(f"{life.folder}: {life.events('locked')} starts say that they never had the folder, expected 1")
+    ended = winner.end()
+    check(ended.code, (0,), winner, ended)
+    exact(ended, straight.ended)
     verdict.faults.append(Broken("start", "", "second run", 64, counted=False, repeat=0, seconds=0.0))
+    told(ended, verdict)
     return verdict
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import select
@@ -107,22 +108,24 @@ def _fork(request: Request) -> int:
 
 def _become(request: Request) -> None:
     """`python -m entrypoint <argv>`, to its end."""
+    from entrypoint import command
     from entrypoint.__main__ import leave_early
-    from entrypoint.command import main
-    from entrypoint.launch import launcher
+    from entrypoint.launch import ranks
 
     def start_rank(
         module: str, argv: Sequence[str], environ: Mapping[str, str], rank: int, output: Any, inherited: Collection[int]
     ) -> Any:
         return _forked_rank(request, argv, environ, rank, output, inherited)
 
-    launcher.start_rank = start_rank  # type: ignore[attr-defined]
+    ranks.start_rank = start_rank  # type: ignore[attr-defined]
+    if (seconds := request.patience) is not None:
+        command.launch = functools.partial(command.launch, patience=seconds, kill_after=seconds)  # type: ignore[attr-defined]
     _set_environment(request.env)
     signal.signal(signal.SIGTERM, leave_early)
     signal.signal(signal.SIGINT, leave_early)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.argv = ["entrypoint", *request.argv]
-    code = main(request.argv)
+    code = command.main(request.argv)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,6 +45,18 @@ def stop_rank(start: Start, dice: random.Random) -> tuple[int, ...]:
     except psutil.TimeoutExpired as error:
         raise Wrong(f"{start.life.folder}: a rank is there {TIMEOUT + SLACK} s after another was stopped") from error
     return (76, 0)
+
+
+@contextmanager
+def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
+    """SIGSTOP to all of them, for the time of the block."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
 
 
 def tell_launcher(start: Start, dice: random.Random) -> tuple[int, ...]:

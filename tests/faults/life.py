@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -58,7 +59,9 @@ class Life:
     def out(self) -> Path:
         return self.output or self.folder / "out"
 
-    def start(self, *, ranks: int | None = None, real: bool = False, clock: float = 0.0) -> Start:
+    def start(
+        self, *, ranks: int | None = None, real: bool = False, clock: float = 0.0, patience: float | None = None
+    ) -> Start:
         """Start the run; `real`: by its command, whose ranks spend most of their time in imports."""
         self.starts += 1
         # RESTART_COUNT: the pause after a crash is the shortest, two seconds, however often this run has crashed.
@@ -74,7 +77,7 @@ class Life:
                     command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
         else:
-            process = self.zygote.start(Request(argv, env, str(logs[0]), str(logs[1]), self.fsdp, clock))
+            process = self.zygote.start(Request(argv, env, str(logs[0]), str(logs[1]), self.fsdp, clock, patience))
         return Start(self, process, logs, begun)
 
     def events(self, name: str) -> int:
@@ -89,14 +92,15 @@ Process = Forked | subprocess.Popen[bytes]
 class Begun:
     """What was there of a run before a start: the rest is that start's."""
 
-    holder: bytes
+    holder: str
     starts: int
     ready: int
     reached: bytes
 
     @classmethod
     def of(cls, life: Life) -> Begun:
-        return cls(_holder(life), life.events("start"), life.events("ready"), _content(life.checkpoints / REACHED))
+        events = life.events("start"), life.events("ready")
+        return cls(lease(life).get("holder", ""), *events, _content(life.checkpoints / REACHED))
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Start:
         life = self.life
         if self.process.poll() is not None:
             return ENDED
-        if not self.known and _holder(life) in (b"", self.begun.holder):
+        if not self.known and lease(life).get("holder", "") in ("", self.begun.holder):
             return "start"
         if not self.known:
             return "data preparation"
@@ -206,9 +210,9 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def _holder(life: Life) -> bytes:
-    """Who holds the folder by its lock; a killed holder still does."""
-    try:
-        return str(json.loads(_content(life.checkpoints / "lock"))["holder"]).encode()
-    except (ValueError, KeyError):
-        return b""
+def lease(life: Life) -> dict[str, Any]:
+    """What the lock of its folder says of the holder; a killed one's stays. Empty: nobody's."""
+    with suppress(ValueError):
+        said: dict[str, Any] = json.loads(_content(life.checkpoints / "lock"))
+        return said
+    return {}

@@ -104,11 +104,8 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene(folder: Path) -> Iterator[Scene]:
+def scene(folder: Path, zygote: Zygote) -> Iterator[Scene]:
     """Everything started, and ended with the block."""
     lake = traces.write_hive(folder / "lake", traces.learnable())
-    with contextlib.ExitStack() as stack:
-        zygote = Zygote(folder / "tiny")
-        stack.callback(zygote.close)
-        server = stack.enter_context(s3_server(folder / "s3"))
-        yield Scene(folder, lake, folder / "tiny", server, zygote)
+    with s3_server(folder / "s3") as server:
+        yield Scene(folder, lake, zygote.model, server, zygote)

@@ -42,7 +42,7 @@ ROWS = (
         "kill -9 of a machine or of one rank at random moments, and a disk lost after it",
         "the same end; what was done since the last save is repeated",
         cases.kill,
-        count=34,
+        count=38,
         small=(3,),
         tests=(
             f"{AGAIN}::test_a_killed_run_ends_exactly_as_if_it_had_not_been",
@@ -56,7 +56,7 @@ ROWS = (
         "SIGTERM at random moments: to the launcher, one rank, all ranks, twice",
         "75, and no step repeated",
         cases.term,
-        count=34,
+        count=38,
         small=(4,),
         tests=(
             f"{NOTICE}::test_a_run_told_to_stop_again_and_again_ends_as_if_it_had_not_been",
@@ -135,6 +135,7 @@ ROWS = (
         "one wins, the other says who holds it: 64",
         cases.two,
         count=10,
+        small=(0,),
         tests=(
             f"{LOCK}::test_the_second_run_says_who_holds_the_folder_and_leaves",
             f"{LOCK}::test_a_killed_holder_is_no_obstacle",

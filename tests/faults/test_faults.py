@@ -10,6 +10,7 @@ from tests.faults.__main__ import NAMED, judge
 from tests.faults.life import ENDED
 from tests.faults.scene import Scene, scene
 from tests.faults.table import ROWS
+from tests.faults.zygote import Zygote
 from tests.process import ROOT
 
 pytestmark = pytest.mark.slow
@@ -19,8 +20,8 @@ SMALL = [(name, number) for name, row in NAMED.items() for number in row.small]
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(tmp_path_factory.mktemp("faults")) as made:
+def shared(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[Scene]:
+    with scene(tmp_path_factory.mktemp("faults"), zygote) as made:
         yield made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ class Request:
     Attributes:
         fsdp: let FSDP2 run on CPU, which it does not by itself.
         clock: seconds by which the program's wall clock is wrong.
+        patience: seconds that the launcher gives the other ranks after one's end, and again before SIGKILL, where those
+            are not its own.
     """
 
     argv: list[str]
@@ -28,6 +31,7 @@ class Request:
     stderr: str
     fsdp: bool = False
     clock: float = 0.0
+    patience: float | None = None
 
 
 @dataclass
@@ -64,10 +68,12 @@ class Zygote:
         model: where it makes the tiny model.
 
     Attributes:
+        model: the tiny model's folder.
         cpu: seconds of a core that its imports took: what those of a real start take too.
     """
 
     def __init__(self, model: Path) -> None:
+        self.model = model
         self._asking, self._replied = threading.Lock(), threading.Semaphore(0)
         self._pids: list[int] = []
         self._running: dict[int, Forked] = {}
@@ -96,6 +102,11 @@ class Zygote:
             if not self._replied.acquire(timeout=120):
                 raise RuntimeError("the zygote does not answer")
             return self._running[self._pids.pop()]
+
+    def kill_all(self) -> None:
+        """What it has forked and still runs; their ranks die with them."""
+        for forked in [*self._running.values()]:
+            forked.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
         """End it, and what it has forked with it."""

@@ -47,7 +47,7 @@ def packed(batch: Batch, **options: Any) -> Layout:
 def test_two_responses_to_one_prompt_by_hand(left: int) -> None:
     """Rows [5 6 | 7 8 9] and [5 6 | 4]: the prompt, then 7 8 (9 predicts nothing); the second response is 4 alone.
 
-    6 predicts 7 and 4, 7 predicts 8, 8 predicts 9. Of 2 x (L - 1) places, row 0 has columns 1, 2 and 3, row 1 has 1.
+    6 predicts 4 and 7, 7 predicts 8, 8 predicts 9. Of 2 x (L - 1) places, row 0 has columns 1, 2 and 3, row 1 has 1.
     """
     layout = packed(of_rows(([5, 6], [7, 8, 9]), ([5, 6], [4]), left=left))
     width = 4 + left
@@ -56,11 +56,11 @@ def test_two_responses_to_one_prompt_by_hand(left: int) -> None:
     assert layout.own.tolist() == [0, 0, 1, 1]
     assert layout.prompt.tolist() == [0, 0, 0, 0]
     assert layout.counts.tolist() == [2, 2, 1, 1]
-    assert layout.scored.tolist() == [1, 2, 3, 1]
-    assert layout.labels.tolist() == [7, 8, 9, 4]
+    assert layout.scored.tolist() == [1, 1, 2, 3]
+    assert layout.labels.tolist() == [4, 7, 8, 9]
     assert layout.place.tolist() == [left + 1, left + 2, left + 3, width + left + 1]
-    assert [(s.start, s.prompt, s.responses, s.size) for s in layout.segments] == [(0, 2, (2,), 4)]
-    assert layout.padded == 2 * (5 + left)
+    assert layout.source.tolist() == [1, 2, 3, 0]
+    assert [(s.start, s.prompt, s.responses) for s in layout.segments] == [(0, 2, (2,))]
 
 
 def test_two_groups_by_hand() -> None:
@@ -71,18 +71,23 @@ def test_two_groups_by_hand() -> None:
     assert layout.own.tolist() == [0, 1, 2, 2, 3, 3, 4]
     assert layout.prompt.tolist() == [0, 0, 0, 0, 3, 3, 3]
     assert layout.counts.tolist() == [2, 1, 1, 1, 1, 1, 1]
-    assert layout.scored.tolist() == [0, 1, 0, 2, 3, 5, 6]
+    assert layout.scored.tolist() == [0, 0, 1, 2, 3, 5, 6]
+    assert layout.labels.tolist() == [7, 9, 8, 9, 9, 7, 8]
     assert layout.place.tolist() == [0, 1, 6, 7, 8, 4, 5]
+    assert layout.source.tolist() == [0, 2, 1, 3, 4, 5, 6]
     assert [(s.start, s.prompt, s.responses) for s in layout.segments] == [(0, 1, (1, 2)), (4, 2, (1,))]
 
 
 def test_a_response_that_is_there_twice_is_computed_once_by_hand() -> None:
-    """As in DPO, where a good response makes several pairs: both rows are scored at the same places."""
+    """As in DPO, where a good response makes several pairs: both rows have the one's two results, and the head computes
+    four: 6 predicts 4 and 7, 7 predicts 8, 4 predicts 4."""
     layout = packed(of_rows(([5, 6], [7, 8]), ([5, 6], [4, 4]), ([5, 6], [7, 8])))
     assert layout.ids.tolist() == [5, 6, 7, 4]
     assert layout.counts.tolist() == [3, 3, 2, 1]
-    assert layout.scored.tolist() == [1, 2, 1, 2, 1, 3]
+    assert layout.scored.tolist() == [1, 1, 2, 3]
+    assert layout.labels.tolist() == [4, 7, 8, 4]
     assert layout.place.tolist() == [1, 2, 7, 8, 4, 5]
+    assert layout.source.tolist() == [1, 2, 1, 2, 0, 3]
 
 
 def test_whole_rows_keep_what_predicts_nothing() -> None:
@@ -97,9 +102,10 @@ def test_labels_with_holes_by_hand() -> None:
     batch["labels"][:, 2] = -100
     layout = packed(batch)
     assert layout.ids.tolist() == [5, 6, 7, 6, 9]
-    assert layout.scored.tolist() == [0, 2, 0, 4]
-    assert layout.labels.tolist() == [6, 8, 6, 9]
+    assert layout.scored.tolist() == [0, 2, 4]
+    assert layout.labels.tolist() == [6, 8, 9]
     assert layout.place.tolist() == [0, 2, 3, 5]
+    assert layout.source.tolist() == [0, 1, 0, 2]
 
 
 def test_a_batch_that_scores_nothing_has_no_row() -> None:
@@ -215,9 +221,11 @@ def test_any_batch_is_packed_without_loss_and_without_repetition(batch: Batch, w
     # Every scored position, once, in its place, with its label, after its own row's tokens and no other's.
     width = batch["labels"].shape[1] - 1
     assert sorted(layout.place.tolist()) == [b * width + t for b, t in places]
+    results = list(zip(layout.scored.tolist(), layout.labels.tolist(), strict=True))
+    assert len(set(results)) == len(results) == len(set(layout.source.tolist()))
     see = visible(layout)
-    for at, label, place in zip(layout.scored, layout.labels, layout.place, strict=True):
-        b, t = divmod(int(place), width)
+    for source, place in zip(layout.source, layout.place, strict=True):
+        (at, label), (b, t) = results[source], divmod(int(place), width)
         assert label == batch["labels"][b, t + 1]
         seen = sorted(np.flatnonzero(see[at]), key=lambda k: layout.positions[k])
         assert [(layout.ids[k], layout.positions[k]) for k in seen] == attended(batch, b, until=t)
@@ -232,7 +240,8 @@ def test_any_batch_is_packed_without_loss_and_without_repetition(batch: Batch, w
         assert (layout.counts[where] == layout.counts[where[0]]).all()
         found[key] = int(layout.counts[where[0]])
     assert found == distinct(batch, whole=whole)
-    assert len(layout) == sum(len(key[-1]) for key in found) == sum(segment.size for segment in layout.segments)
+    assert len(layout) == sum(len(key[-1]) for key in found)
+    assert len(layout) == sum(segment.prompt + sum(segment.responses) for segment in layout.segments)
 
 
 @settings(max_examples=150, deadline=None)

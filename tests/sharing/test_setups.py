@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.bias import causal_lower_right
+from trl.trainer import utils as trl_utils
 
-from entrypoint.sharing import attention
+from entrypoint.sharing import attention, forward
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.sharing.support import unsupported
 from tests.sharing.batches import Batch, Numbers, assert_alike, computed, numbers, ragged, relative
@@ -112,6 +113,23 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_bf16(name: str, kind: str) -> None
     for figures in (errors, slopes):
         assert sum(figures["plain"]) > 1e-4  # bf16 it is
         assert sum(figures["shared"]) < 2 * sum(figures["plain"])
+
+
+def test_the_head_in_small_tiles_gives_the_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 96 logits of a token in tiles of 40, as a CPU has a real vocabulary in tiles of 1024; TRL's own are whole."""
+    model = tiny("Llama")
+    shared = shared_over(model)
+    tiles: list[int] = []
+    apply = trl_utils._ChunkedLogProbFunction.apply
+
+    def spy(*args: Any) -> Any:
+        tiles.append(args[5])
+        return apply(*args)
+
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", spy)
+    monkeypatch.setattr(forward, "HEAD_TILE", 40)
+    assert_alike(*both_ways(model, shared, ragged()))
+    assert tiles == [40, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE]
 
 
 def test_other_calls_are_the_models_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pkgutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from entrypoint.data.tokens import load_tokenizer
 from entrypoint.errors import DataError, ModelError, RunError, StorageDownError
 from entrypoint.model.fetch import fetch_model
 from entrypoint.output.publish import claim_output, find_output, publish
+from entrypoint.storage import STORAGE_ERRORS
 from entrypoint.storage import s3 as connect
 from tests.data.traces import contents, group, prepared, write
 from tests.servers.faults import ERRORS, FAULTS, HOLE, FaultProxy, at_random, every
@@ -237,6 +239,12 @@ def test_refusals_keep_their_kind(stored: str, faults: FaultProxy, tmp_path: Pat
         find_files(f"s3://{stored}/nothing", faults.endpoint_url)
     with pytest.raises(ModelError, match="not found"):
         fetch_model(f"s3://{stored}/nothing", faults.endpoint_url, str(tmp_path), {})
+
+
+@pytest.mark.parametrize("name", sorted(STORAGE_ERRORS))
+def test_a_librarys_error_has_the_name_by_which_it_is_told(name: str) -> None:
+    kind = pkgutil.resolve_name(":".join(name.rsplit(".", 1)))
+    assert f"{kind.__module__}.{kind.__qualname__}" == name
 
 
 def test_a_connection_that_breaks_under_a_body_is_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from entrypoint.checkpoint import Checkpoints
 from entrypoint.conf import Checkpoint, Dpo, DpoTrain, Grpo, GrpoTrain, Lora, Model, Run
 from entrypoint.data.groups import Groups
+from entrypoint.session import Session
 from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, build_trainer, plan
 from entrypoint.training.reference import ReferenceLogProbs
@@ -35,7 +37,10 @@ def make_run(method: Grpo | Dpo, folder: Path, *, lora: bool = False, save_every
 def make_trainer(
     run: Run, tiny: Path, groups: Groups, *, world: World = ALONE, reference: ReferenceLogProbs | None = None
 ) -> tuple[Any, Plan]:
-    """A fed trainer; its reference log-probs are the model's own, computed before the first step, or those given."""
+    """A fed trainer; its reference log-probs are the model's own, computed before the first step, or those given.
+
+    With micro_batch_tokens=auto it looks for its budget first, as a session does.
+    """
     folder = Path(str(run.checkpoint.path))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -45,13 +50,18 @@ def make_trainer(
     trainer, rows = build_trainer(run, model, tokenizer, groups, known, steps=steps.steps, callbacks=[], warn=print)
     steps.sampler.cost = Cost(groups, shared=trainer.shared is not None)
 
+    checkpoints = Checkpoints(folder, keep=5, fingerprint={"run": "test"}, world=world)
+    loaded = SimpleNamespace(traces=SimpleNamespace(train=groups), checkpoints=checkpoints, fingerprint={})
+    session: Any = SimpleNamespace(run=run, loaded=loaded, world=world, trainer=trainer, plan=steps, pad=0)
+
     def before(prepared: Any) -> None:
+        if run.train.micro_batch_tokens == "auto":
+            Session._find_budget(session, prepared)
         if reference is None:
             forward = trainer.accelerator.unwrap_model(prepared)
             scoring = scorer(forward, budget=steps.sampler.budget, world=world, shared=steps.sampler.cost.shared)
             known.compute(scoring, groups, steps.sampler.visited(steps.steps))
 
-    checkpoints = Checkpoints(folder, keep=5, fingerprint={"run": "test"}, world=world)
     trainer.feed(steps.sampler, rows, checkpoints=checkpoints, before_first_step=before)
     return trainer, steps
 

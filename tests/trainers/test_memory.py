@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from entrypoint.training import memory
 from entrypoint.training.batches import Cost, StepSampler, group_units
 from tests.trainers.builders import ALONE
 from tests.trainers.sample_groups import ragged_groups
+from tests.trainers.train_rank import LEAST, run_ranks
 
 TOKEN = 2**20  # bytes that a token needs in these tests: far more than what else the process does meanwhile
 GROUPS = ragged_groups(60)
@@ -31,9 +33,22 @@ def find(sampler: StepSampler, folder: Path, tried: list[int]) -> int:
         tried.append(sampler.cost.of(responses))
         np.ones(tried[-1] * TOKEN, np.uint8).sum()  # every page of it is touched
 
-    device = torch.device("cpu")
+    return search(compute, sampler, folder)
+
+
+def search(
+    compute: Callable[[list[int]], None], sampler: StepSampler, folder: Path, *, collective: bool = False
+) -> int:
     return memory.find_budget(
-        compute, sampler, GROUPS, parameters=0, device=device, world=ALONE, folder=folder, setting=SETTING
+        compute,
+        sampler,
+        GROUPS,
+        parameters=0,
+        device=torch.device("cpu"),
+        world=ALONE,
+        collective=collective,
+        folder=folder,
+        setting=SETTING,
     )
 
 
@@ -102,19 +117,46 @@ def test_a_run_killed_while_it_tries_starts_again_with_what_fits_anywhere(sample
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        memory.find_budget(
-            killed,
-            sampler,
-            GROUPS,
-            parameters=0,
-            device=torch.device("cpu"),
-            world=ALONE,
-            folder=tmp_path,
-            setting=SETTING,
-        )
+        search(killed, sampler, tmp_path)
     tried: list[int] = []
     assert find(sampler, tmp_path, tried) == 64
     assert not tried
+
+
+def short(sampler: StepSampler) -> Callable[[list[int]], None]:
+    """A pass that has memory for 256 tokens."""
+
+    def compute(responses: list[int]) -> None:
+        if sampler.cost.of(responses) > 256:
+            raise torch.OutOfMemoryError("out of memory")
+
+    return compute
+
+
+def test_a_rank_by_itself_that_runs_out_of_memory_takes_what_fitted(sampler: StepSampler, tmp_path: Path) -> None:
+    assert search(short(sampler), sampler, tmp_path) == 256
+
+
+def test_ranks_that_meet_in_the_pass_start_again_with_what_fitted(sampler: StepSampler, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError, match=r"over \d+ tokens ran out of memory; the next start takes 256"):
+        search(short(sampler), sampler, tmp_path, collective=True)
+    tried: list[int] = []
+    assert find(sampler, tmp_path, tried) == 256
+    assert not tried
+
+
+@pytest.mark.slow
+def test_under_fsdp_a_rank_that_runs_out_of_memory_does_not_leave_the_other_waiting(tiny: Path, tmp_path: Path) -> None:
+    """In the middle of a forward pass, whose collectives the other one waits in; it hears why, not a time-out."""
+    case = "run:grpo:grpo:auto:fsdp"
+    first, second = run_ranks(2, tiny, tmp_path, [f"{case}:short"])
+    assert first[0] == 76
+    assert "rank 1 crashed: MemoryError: train.micro_batch_tokens=auto: a forward pass over" in first[1]
+    assert f"ran out of memory; the next start takes {2 * LEAST}" in second[1]
+    assert second[0] not in (0, 76)
+    again = run_ranks(2, tiny, tmp_path, [case])
+    assert [code for code, _ in again] == [0, 0], again[0][1]
+    assert f"{2 * LEAST} tokens a forward pass, as found before" in again[0][1]
 
 
 def test_a_damaged_answer_is_found_again(sampler: StepSampler, tmp_path: Path) -> None:

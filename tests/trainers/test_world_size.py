@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.process import ROOT, scrubbed
-from tests.servers.server import free_port
+from tests.trainers.train_rank import LEAST, run_ranks
 
 STRAIGHT = {
     1: ["grpo-1:grpo:grpo:300", "grpo-1-small:grpo:grpo:70", "dapo-1:grpo:dapo:300", "dpo-1:dpo:sigmoid:300",
         "lora-1:dpo:ipo:300:lora"],
-    2: ["grpo-2:grpo:grpo:200", "dapo-2:grpo:dapo:150", "dpo-2:dpo:sigmoid:120", "lora-2:dpo:ipo:200:lora"],
+    2: ["grpo-2:grpo:grpo:200", "dapo-2:grpo:dapo:150", "dpo-2:dpo:sigmoid:120", "lora-2:dpo:ipo:200:lora",
+        "auto-2:grpo:grpo:auto", "auto-full-2:grpo:grpo:auto:full", "auto-lora-2:dpo:ipo:auto:lora"],
     3: ["grpo-3:grpo:grpo:100", "dapo-3:grpo:dapo:300", "dpo-3:dpo:sigmoid:300"],
 }  # fmt: skip
 ALIKE = [
     ("grpo-1", "grpo-1-small"), ("grpo-1", "grpo-2"), ("grpo-1", "grpo-3"),
     ("dapo-1", "dapo-2"), ("dapo-1", "dapo-3"), ("dpo-1", "dpo-2"), ("dpo-1", "dpo-3"), ("lora-1", "lora-2"),
     ("grpo-1", "fsdp-grpo-2"), ("dpo-1", "fsdp-dpo-2"),
+    ("grpo-1", "auto-2"), ("grpo-1", "auto-full-2"), ("lora-1", "auto-lora-2"), ("grpo-1", "fsdp-auto-2"),
 ]  # fmt: skip
 RESUMED = [  # resumed run, straight run, tolerance
     ("grpo-1-again", "grpo-1", 0.0), ("dpo-1-again", "dpo-1", 0.0), ("lora-1-again", "lora-1", 0.0),
@@ -35,20 +34,8 @@ RESUMED = [  # resumed run, straight run, tolerance
 
 def launch(world: int, tiny: Path, out: Path, cases: Sequence[str]) -> None:
     """`world` ranks that train the cases one after the other."""
-    meet = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.train_rank", str(tiny), str(out), *cases],
-            env=scrubbed({"RANK": str(rank), "LOCAL_RANK": str(rank), **meet}),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=900)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(text[-3000:] for text in said)
+    ranks = run_ranks(world, tiny, out, cases)
+    assert [code for code, _ in ranks] == [0] * world, "\n".join(text[-3000:] for _, text in ranks)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +49,8 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     launch(1, tiny, out, STRAIGHT[1])
     launch(2, tiny, out, [*STRAIGHT[2], f"grpo-1-to-2:grpo:grpo:150:{step_4('grpo-1', 1)}"])
     launch(3, tiny, out, [*STRAIGHT[3], f"grpo-2-to-3:grpo:grpo:100:{step_4('grpo-2', 2)}"])
-    launch(2, tiny, out, ["fsdp-grpo-2:grpo:grpo:200:fsdp", "fsdp-dpo-2:dpo:sigmoid:200:fsdp"])
+    sharded = ["fsdp-grpo-2:grpo:grpo:200:fsdp", "fsdp-dpo-2:dpo:sigmoid:200:fsdp", "fsdp-auto-2:grpo:grpo:auto:fsdp"]
+    launch(2, tiny, out, sharded)
     launch(2, tiny, out, ["fsdp-bf16-dpo:dpo:sigmoid:200:fsdp:bf16", "fsdp-bf16-grpo:grpo:grpo:200:fsdp:bf16"])
     launch(2, tiny, out, [f"fsdp-2-again:grpo:grpo:200:fsdp:{step_4('fsdp-grpo-2', 2)}"])
     launch(3, tiny, out, [f"fsdp-2-to-3:grpo:grpo:100:fsdp:{step_4('fsdp-grpo-2', 2)}"])
@@ -97,6 +85,14 @@ def test_gradient_update_and_metrics_do_not_depend_on_the_world(runs: dict[str, 
         assert x.keys() == y.keys()
         for name in (name for name in x if not name.startswith(("tokens/", "speed/", "time/"))):
             assert y[name] == pytest.approx(x[name], rel=1e-4, abs=2e-5), f"{name} at step {x['step']}"
+
+
+def test_a_budget_that_is_found_is_every_ranks(runs: dict[str, Any]) -> None:
+    """Where all fits, all that a rank has in a step; where one rank has no room, the least, for both."""
+    assert runs["auto-full-2"]["budgets"] == [LEAST, LEAST]
+    for name in ("auto-2", "auto-lora-2", "fsdp-auto-2"):
+        first, second = runs[name]["budgets"]
+        assert first == second > 2 * LEAST, f"{name} has not tried twice"
 
 
 @pytest.mark.parametrize("name", ["grpo-1", "dpo-1", "lora-1", "fsdp-grpo-2"])

@@ -1,13 +1,17 @@
 """One rank of a test run: `python -m tests.trainers.train_rank TINY OUT CASE…`; rank 0 writes what each step did.
 
-A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16]; its numbers go to OUT/NAME.pt: loss and gradient
-norm of every step, the gradient before clipping and the weights, each as one flat vector.
+A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16][:full][:short]; its numbers go to OUT/NAME.pt: loss
+and gradient norm of every step, the gradient before clipping and the weights, each as one flat vector, and the ranks'
+budgets. Where BUDGET is auto, LEAST tokens fit anywhere; `full`: rank 1's machine has no memory left; `short`: rank 1
+runs out of memory in the middle of a forward pass over more than twice as many.
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +21,35 @@ from torch.distributed.tensor import DTensor
 
 from entrypoint.conf import Dpo, Grpo
 from entrypoint.save import full_state
+from entrypoint.training import memory
 from entrypoint.world import World, joined
+from tests.process import ROOT, scrubbed
+from tests.servers.server import free_port
 from tests.trainers.builders import make_run, make_trainer
 from tests.trainers.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.trainers.sample_groups import ragged_groups
 
 STEPS = 8
+LEAST = 40  # tokens
+AVAILABLE = memory._available
+
+
+def run_ranks(world: int, tiny: Path, out: Path, cases: Sequence[str]) -> list[tuple[int, str]]:
+    """`world` processes of this module, waited for: each one's exit code and what it said."""
+    meet = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainers.train_rank", str(tiny), str(out), *cases],
+            env=scrubbed({"RANK": str(rank), "LOCAL_RANK": str(rank), **meet}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=900)[0] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,11 +74,14 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
         folder,
         lora="lora" in options,
         max_steps=STEPS,
-        micro_batch_tokens=int(budget),
+        micro_batch_tokens=budget if budget == "auto" else int(budget),
         sharding=sharding,
         precision=precision,
     )
-    trainer, _ = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
+    trainer, plan = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
+    memory._available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
+    if "short" in options and world.rank:
+        trainer.model.model.layers[1].register_forward_pre_hook(run_out, with_kwargs=True)
     gradients: list[torch.Tensor] = []
     weights: list[torch.Tensor] = []
     clip = trainer._clip_grad_norm
@@ -74,12 +104,22 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
             names = [name for name, _ in trainer.model_wrapped.named_parameters()]
             assert gathered is not None
             assert torch.equal(torch.cat([gathered[name].reshape(-1) for name in names]), weights[-1])
+    budgets = [plan.sampler.budget] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(budgets, plan.sampler.budget)
     if world.is_main:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"logs": logs, "gradients": gradients, "weights": weights}, out / f"{name}.pt")
+        found = {"logs": logs, "gradients": gradients, "weights": weights, "budgets": budgets}
+        torch.save(found, out / f"{name}.pt")
+
+
+def run_out(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if layer.training and (args or [kwargs["hidden_states"]])[0].shape[1] > 2 * LEAST:
+        raise torch.OutOfMemoryError("out of memory")
 
 
 def main(tiny: Path, out: Path, cases: list[str]) -> None:
+    memory.FIRST = LEAST
     if any("fsdp" in case for case in cases):
         allow_fsdp_on_cpu()
     with joined(120) as world:
