@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from entrypoint import kubernetes
 from entrypoint.errors import ConfigError, RunError
 from entrypoint.gang import watcher
-from entrypoint.gang.__main__ import main, parse
+from entrypoint.gang.__main__ import end, main, parse
 from entrypoint.gang.job import VolcanoJob
 from entrypoint.gang.watcher import Limits, Watcher, duration
 from entrypoint.kubernetes import in_cluster
@@ -39,6 +40,7 @@ class World:
         self.phases: list[tuple[str, float]] = [("Pending", 0.0)]
         self.version = 0
         self.there = True
+        self.last = ""  # the Job is deleted a minute after an event of this reason
         self.commands: list[tuple[float, str]] = []
         self.sent: list[dict[str, Any]] = []
         self.events: list[tuple[str, str]] = []
@@ -94,6 +96,8 @@ class World:
             return 201, sent
         if (method, path) == ("POST", EVENTS):
             self.events.append((sent["reason"], sent["message"]))
+            if sent["reason"] == self.last:
+                self.at(self.time + 60, lambda: setattr(self, "there", False))
             return 201, sent
         if path == RECORD:
             self.data |= sent.get("data", {})
@@ -135,6 +139,15 @@ def watch(world: World, limits: Limits = LIMITS) -> int:
     return Watcher(job, limits, clock=lambda: BEGIN + world.time, sleep=world.sleep).run()
 
 
+def watch_until_given_up(world: World, retries: int) -> list[str]:
+    """The Commands that were sent until then; the Job is deleted soon afterwards."""
+    world.last = "GangGivenUp"
+    assert watch(world, Limits(wait=1800, rest=900, retries=retries)) == 0
+    assert world.events[-1][0] == "GangGivenUp"
+    assert world.phases[-1][0] == "Aborted"
+    return [action for _, action in world.commands]
+
+
 def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return capfd.readouterr().out.splitlines()
 
@@ -170,14 +183,20 @@ def test_a_gang_that_does_not_start_is_aborted_and_resumed(world: World, capfd: 
 
 
 def test_after_the_last_try_it_stays_aborted(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    assert watch(world) == 75
-    assert [action for _, action in world.commands] == ["AbortJob", "ResumeJob", "AbortJob", "ResumeJob", "AbortJob"]
-    assert world.phases[-1][0] == "Aborted"
-    assert [reason for reason, _ in world.events] == ["GangTimeout"] * 3 + ["GangGivenUp"]
-    assert lines(capfd)[-2:] == [
-        "gang: not all pods ran within 30m (pods: 3 pending, of 3): aborted, its nodes may go; it was the last try",
-        "gang: given up after 3 tries without a start: the Job stays aborted until somebody resumes it",
+    """Somebody resumes it at 9000 s: it is watched again, and its tries are counted anew."""
+    before: list[str] = []
+    world.at(9000, lambda: before.extend(action for _, action in world.commands), lambda: world.execute("ResumeJob"))
+    world.at(10820, lambda: setattr(world, "there", False))
+    assert watch(world) == 0
+    assert before == ["AbortJob", "ResumeJob", "AbortJob", "ResumeJob", "AbortJob"]
+    assert world.commands[5:] == [(10805, "AbortJob")]
+    assert [reason for reason, _ in world.events] == ["GangTimeout"] * 3 + ["GangGivenUp", "GangTimeout"]
+    said, timeout = lines(capfd), "gang: not all pods ran within 30m (pods: 3 pending, of 3): aborted, its nodes may go"
+    assert said[-5:-3] == [
+        f"{timeout}; it was the last try",
+        "gang: given up after 3 tries without a start: it stays aborted, and is watched again once somebody resumes it",
     ]
+    assert said[-2] == f"{timeout}; tried again in 15m, 1 of 2"
 
 
 def test_a_restarted_gang_waits_anew(world: World) -> None:
@@ -202,9 +221,7 @@ def test_what_others_have_aborted_is_never_resumed_but_watched_again(
     world.at(21810, lambda: setattr(world, "there", False))
     assert watch(world) == 0
     assert world.commands == [(21805, "AbortJob")]
-    assert lines(capfd)[-4].startswith(
-        "gang: aborted, not by this watcher (exit code 64, or somebody's suspend): it stays"
-    )
+    assert lines(capfd)[-4].startswith("gang: aborted by exit code 64 or by somebody, or given up: it stays")
 
 
 def test_a_suspend_while_it_rests_keeps_it_aborted(world: World) -> None:
@@ -235,9 +252,31 @@ def test_a_pod_that_ends_is_followed_by_one_that_goes_on(world: World, ends: flo
         watch(world, Limits(wait=1800, rest=900, retries=1))
     world.time += 30
     world.sleep(0)
-    assert watch(world, Limits(wait=1800, rest=900, retries=1)) == 75
-    assert [action for _, action in world.commands] == ["AbortJob", "ResumeJob", "AbortJob"]
+    assert watch_until_given_up(world, retries=1) == ["AbortJob", "ResumeJob", "AbortJob"]
     assert world.commands[1][0] <= 2740
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_pod_that_ends_while_it_sends_the_abort_has_said_before_that_it_is_its_own(
+    world: World, carried_out: bool
+) -> None:
+    """Told to go with the Command on its way: the next one resumes what was aborted, or aborts it itself."""
+
+    def told() -> Reply:
+        del world.broken["POST", COMMANDS]
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        return world.handle("POST", COMMANDS, {"action": "AbortJob"}) if carried_out else refusal(503, "no")
+
+    world.broken["POST", COMMANDS] = told
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            watch(world)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(world.commands) == carried_out
+    assert watch_until_given_up(world, retries=1) == ["AbortJob", "ResumeJob", "AbortJob"]
+    assert [reason for reason, _ in world.events] == ["GangTimeout"] * (1 if carried_out else 2) + ["GangGivenUp"]
 
 
 def test_a_gang_that_starts_in_the_moment_of_the_abort_is_resumed(world: World) -> None:
@@ -269,7 +308,7 @@ def test_a_command_whose_answer_is_lost_counts_and_is_sent_again_where_nothing_f
         return refusal(504, "timeout")
 
     world.broken["POST", COMMANDS] = lost
-    assert watch(world, Limits(wait=1800, rest=900, retries=0)) == 75
+    watch_until_given_up(world, retries=0)
     assert world.commands == ([] if carried_out else [(1860, "AbortJob")])
     assert [reason for reason, _ in world.events] == ["GangTimeout", "GangGivenUp"]
 
@@ -309,8 +348,7 @@ def test_neither_event_nor_record_holds_a_gang_up(world: World, capfd: pytest.Ca
     """The record is saved once that is possible; until then it is known to this pod."""
     world.broken = dict.fromkeys((("POST", EVENTS), ("PATCH", RECORD)), lambda: refusal(403, "forbidden"))
     world.at(2000, world.broken.clear, lambda: world.data.clear())
-    assert watch(world, Limits(wait=1800, rest=900, retries=1)) == 75
-    assert [action for _, action in world.commands] == ["AbortJob", "ResumeJob", "AbortJob"]
+    assert watch_until_given_up(world, retries=1) == ["AbortJob", "ResumeJob", "AbortJob"]
     assert capfd.readouterr().err.splitlines() == [
         "entrypoint: warning: gang: the pod's account may not patch the ConfigMap run-gang (forbidden): would be "
         "forgotten if this pod ended now",
@@ -327,7 +365,7 @@ def test_a_job_may_come_a_minute_late(world: World, capfd: pytest.CaptureFixture
 
 def test_a_record_of_another_job_counts_for_nothing(world: World) -> None:
     world.data = {"record": json.dumps({"job": "0", "rounds": 3, "aborted": "", "version": None})}
-    assert watch(world, Limits(wait=1800, rest=900, retries=0)) == 75
+    watch_until_given_up(world, retries=0)
     assert world.commands == [(1800, "AbortJob")]
 
 

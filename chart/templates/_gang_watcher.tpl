@@ -27,8 +27,8 @@ podFailurePolicy:
     - action: Ignore # its node is drained: another goes on
       onPodConditions:
         - {type: DisruptionTarget, status: "True"}
-    - action: FailJob # it can't work, or has given the gang up
-      onExitCodes: {operator: In, values: [64, 75]}
+    - action: FailJob # it can't work
+      onExitCodes: {operator: In, values: [64]}
 template:
   metadata:
     labels: {{- include "tuning.watcher.selector" . | nindent 6 }}

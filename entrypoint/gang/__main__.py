@@ -25,9 +25,9 @@ Watches the gang of one Volcano Job, in a pod of the same cluster: nodes that wa
   --retry-after TIME      and resumed after so long
   --retries N             so often in a row; then it stays aborted
 
-A Job that was aborted by exit code 64 or by somebody is left as it is, and watched again once it is resumed.
-Exit codes: 0 the run has ended or is gone; 64 the options, or the pod's rights, can't be used; 75 given up, the Job
-stays aborted; 76 the API server was silent for an hour: start it again.
+A Job that stays aborted, by exit code 64, by somebody or after the last try, is watched again once it is resumed.
+Exit codes: 0 the run has ended or is gone; 64 the options, or the pod's rights, can't be used; 76 the API server was
+silent for an hour: start it again.
 """
 
 

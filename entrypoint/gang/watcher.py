@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_STOPPED, ConfigError, RunError
+from entrypoint.errors import EXIT_DONE, EXIT_LOST, ConfigError, RunError
 from entrypoint.gang.job import ABORTS, Denied, Gang, Record, Unsure, VolcanoJob
 
 POLL = 5.0  # seconds between two looks
@@ -18,6 +18,8 @@ AGAIN = 60.0  # seconds without any effect after which a Command is sent once mo
 DENIED = 600.0  # seconds that a right may be missing
 SILENCE = 3600.0  # seconds without a usable answer; then another pod, perhaps on another node, may fare better
 ENDED = ("Completed", "Failed", "Terminated")
+STAYS = "it stays aborted, and is watched again once somebody resumes it"
+LEFT = f"aborted by exit code 64 or by somebody, or given up: {STAYS}"
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,24 @@ class Watcher:
         self.said = ""
 
     def run(self) -> int:
-        """Look until the run has ended or is given up; returns the documented exit code.
+        """Look until the run has ended; returns the documented exit code.
 
         Raises:
             RunError: the API server does not let the watcher do its work, or was silent for too long.
         """
         while True:
             try:
-                code = self._look()
-                if self.troubled is not None and code is None:
+                if self._look():
+                    return EXIT_DONE
+                if self.troubled is not None:
                     say(f"the API server is of use again after {duration(self.clock() - self.troubled)}")
                     self.troubled = None
             except Unsure as error:
-                code = None
                 self._trouble(error)
-            if code is not None:
-                return code
             self.sleep(POLL)
 
-    def _look(self) -> int | None:
+    def _look(self) -> bool:
+        """Whether nothing is left to watch."""
         gang = self.job.read()
         if gang is None:
             return self._absent()
@@ -77,20 +78,20 @@ class Watcher:
             self._save()
         if gang.phase in ENDED:
             say(f"the run has ended, its Job is {gang.phase}: nothing is left to watch")
-            return EXIT_DONE
+            return True
         if gang.phase in ABORTS:
-            return self._aborted(gang)
-        if gang.phase == "Pending":
+            self._aborted(gang)
+        elif gang.phase == "Pending":
             self._waits(gang)
         elif gang.phase == "Running":
             self._runs()
-        return None  # Restarting, Completing, Terminating: on the way to another phase
+        return False  # Restarting, Completing, Terminating: on the way to another phase
 
-    def _absent(self) -> int | None:
+    def _absent(self) -> bool:
         if not self.record.job and self.clock() - self.began < APPEAR:
-            return None
+            return False
         say("there is no Job (any more): nothing is left to watch")
-        return EXIT_DONE
+        return True
 
     def _waits(self, gang: Gang) -> None:
         limit, waited = self.limits.wait, self.clock() - gang.since
@@ -101,17 +102,27 @@ class Watcher:
                 f"waits for all pods to run since {gang.wait}, at most {duration(limit)}", f"; pods: {gang.pods}"
             )
         elif self._may_send("AbortJob", gang):
-            first = self.record.aborted != gang.wait
-            rounds = self.record.rounds + first
-            what = f"not all pods ran within {duration(limit)} (pods: {gang.pods})"
-            # The look that it follows from is a moment old. A gang that starts in this moment is aborted all the same:
-            # it saves what it has, as at any notice, and goes on from there.
-            self._send("AbortJob", gang, what)
-            self._remember(rounds=rounds, aborted=gang.wait, version=None)
-            if first:
-                again = f"tried again in {duration(self.limits.rest)}, {rounds} of {self.limits.retries}"
-                then = again if rounds <= self.limits.retries else "it was the last try"
-                self._tell(gang, "GangTimeout", f"{what}: aborted, its nodes may go; {then}")
+            self._aborts(gang, f"not all pods ran within {duration(limit)} (pods: {gang.pods})")
+
+    def _aborts(self, gang: Gang, why: str) -> None:
+        """Remember it first: an abort that this pod sent and that the next one knows nothing of is never resumed.
+
+        The look that it follows from is a moment old. A gang that starts in this moment is aborted all the same: it
+        saves what it has, as at any notice, and goes on from there.
+        """
+        before, first = self.record, self.sent[:2] != ("AbortJob", gang.wait)
+        rounds = before.rounds + (before.aborted != gang.wait)
+        self._remember(rounds=rounds, aborted=gang.wait, version=None)
+        try:
+            self._send("AbortJob", gang, why)
+        except Denied:
+            self.record = before
+            self._save()
+            raise
+        if first:
+            again = f"tried again in {duration(self.limits.rest)}, {rounds} of {self.limits.retries}"
+            then = again if rounds <= self.limits.retries else "it was the last try"
+            self._tell(gang, "GangTimeout", f"{why}: aborted, its nodes may go; {then}")
 
     def _runs(self) -> None:
         if self.record.aborted and self.clock() - self.sent[2] < AGAIN:
@@ -120,21 +131,22 @@ class Watcher:
             self._remember(rounds=0, aborted="", version=None)
         self._say_once("all pods run")
 
-    def _aborted(self, gang: Gang) -> int | None:
+    def _aborted(self, gang: Gang) -> None:
         if not self.record.aborted or self.record.aborted != gang.wait:
-            self._say_once(
-                "aborted, not by this watcher (exit code 64, or somebody's suspend): "
-                "it stays so, and is watched again once somebody resumes it"
-            )
-        elif gang.phase == "Aborted" and self.record.rounds > self.limits.retries:
+            self._say_once(LEFT)
+        elif gang.phase == "Aborting":
+            return  # pods are still ending
+        elif self.record.rounds > self.limits.retries:
             tries = "1 try" if self.record.rounds == 1 else f"{self.record.rounds} tries"
-            self._remember(rounds=0, aborted="", version=None)
-            line = f"given up after {tries} without a start: the Job stays aborted until somebody resumes it"
-            self._tell(gang, "GangGivenUp", line)
-            return EXIT_STOPPED
-        elif gang.phase == "Aborted":
+            self._leave(gang, "GangGivenUp", f"given up after {tries} without a start")
+        else:
             self._rests(gang)
-        return None  # Aborting: pods are still ending
+
+    def _leave(self, gang: Gang, reason: str, why: str) -> None:
+        """Treat it from now on as an abort of somebody else's."""
+        self._remember(rounds=0, aborted="", version=None)
+        self._tell(gang, reason, f"{why}: {STAYS}")
+        self.said = LEFT
 
     def _rests(self, gang: Gang) -> None:
         rested = self.clock() - gang.since
@@ -142,12 +154,11 @@ class Watcher:
             if rested >= SETTLE:
                 self._remember(version=gang.version)
         elif gang.version != self.record.version:
-            self._remember(rounds=0, aborted="", version=None)
-            line = (
+            why = (
                 "Volcano was told something while the gang was aborted (a suspend; or its controller has started anew, "
-                "which looks the same): it stays aborted, and is watched again once somebody resumes it"
+                "which looks the same)"
             )
-            self._tell(gang, "GangStaysAborted", line)
+            self._leave(gang, "GangStaysAborted", why)
         elif rested >= self.limits.rest and self._may_send("ResumeJob", gang):
             first = self.sent[:2] != ("ResumeJob", gang.wait)
             self._send("ResumeJob", gang, f"resumed after {duration(rested)}")

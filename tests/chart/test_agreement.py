@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from entrypoint.conf import Checkpoint
-from entrypoint.errors import EXIT_REFUSED, EXIT_STOPPED
+from entrypoint.errors import EXIT_REFUSED
 from entrypoint.gang.__main__ import parse
 from entrypoint.gang.watcher import Limits
 from entrypoint.launch.topology import DEFAULT_PORT
@@ -52,4 +52,4 @@ def test_the_watchers_job_knows_the_programs_options_and_exit_codes() -> None:
     limits = Limits(wait=1800, rest=900, retries=10)
     assert parse(container["args"]) == (("training", "run-042"), "run-042-gang", limits)
     assert "run-042-gang" in records
-    assert job["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == [EXIT_REFUSED, EXIT_STOPPED]
+    assert job["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == [EXIT_REFUSED]
