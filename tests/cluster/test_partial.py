@@ -11,7 +11,7 @@ from tests.cluster.helm import Release, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform, instead_of_training
 
-PATIENCE = 180
+PATIENCE = 400
 DONE = "print('done', flush=True); os._exit(0)"
 
 
@@ -36,7 +36,7 @@ def limit_nodes(release: Release, nodes: int) -> None:
 
 
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
-    gang = {"waitTimeout": "30s", "retryAfter": "90s"}
+    gang = {"waitTimeout": "60s", "retryAfter": "180s"}
     values = instead_of_training(platform, "partial", DONE)
     release = platform.release("partial", **values, gang=gang, nodeClass={"name": "partial"})
     with installed_with_nodes(platform, release, 2):
@@ -48,7 +48,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
         until(lambda: release.claims == [], PATIENCE, "the two are given back")
         print(f"two nodes to none: {seconds_since(begun)}")
         assert release.phase == "Aborted"
-        reason = "not all pods ran within 30s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 1m30s"
+        reason = "not all pods ran within 1m (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 3m"
         assert reason in watcher_log(release)
         assert [reason in message for message in events(release, "GangTimeout")] == [True]
         limit_nodes(release, 3)
@@ -60,7 +60,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
 
 
 def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform: Platform) -> None:
-    gang = {"waitTimeout": "15s", "retryAfter": "30s", "retries": 1}
+    gang = {"waitTimeout": "15s", "retryAfter": "90s", "retries": 1}
     values = instead_of_training(platform, "never", DONE)
     release = platform.release("never", **values, gang=gang, nodeClass={"name": "never"})
     with installed_with_nodes(platform, release, 2):
@@ -72,16 +72,19 @@ def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform
         until(lambda: events(release, "GangGivenUp"), PATIENCE, "resumed by hand it is watched again, and given up")
         assert (release.phase, release.restarts) == ("Aborted", 2)
         assert len(events(release, "GangTimeout")) == 3
-        until(lambda: condition(release, "Failed") == "PodFailurePolicy", PATIENCE, "its watcher is not started anew")
         until(lambda: release.claims == [], PATIENCE, "the nodes are given back")
-        others = "gang: aborted, not by this watcher"
-        before = watcher_log(release).count(others)
+        left = "gang: aborted by exit code 64 or by somebody, or given up"
+        before = watcher_log(release).count(left)
         platform.plane.api.delete("jobs.batch", watcher(release)["metadata"]["name"], release.namespace)
         done = release.upgrade("--force-conflicts")  # this test has changed the pool's limit
         assert done.returncode == 0, done.stderr
         assert release.job["metadata"]["uid"] in record(release)
-        until(lambda: watcher_log(release).count(others) > before, PATIENCE, "an upgrade starts another watcher")
+        until(lambda: watcher_log(release).count(left) > before, PATIENCE, "an upgrade starts another watcher")
         assert release.phase == "Aborted"
+        tell(release, "ResumeJob")
+        until(
+            lambda: len(events(release, "GangTimeout")) == 4, PATIENCE, "resumed by hand it is watched still"
+        )
 
 
 def tell(release: Release, action: str) -> None:
