@@ -36,7 +36,7 @@ def limit_nodes(release: Release, nodes: int) -> None:
 
 
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
-    gang = {"waitTimeout": "60s", "retryAfter": "180s"}
+    gang = {"waitTimeout": "45s", "retryAfter": "120s"}
     values = instead_of_training(platform, "partial", DONE)
     release = platform.release("partial", **values, gang=gang, nodeClass={"name": "partial"})
     with installed_with_nodes(platform, release, 2):
@@ -48,7 +48,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
         until(lambda: release.claims == [], PATIENCE, "the two are given back")
         print(f"two nodes to none: {seconds_since(begun)}")
         assert release.phase == "Aborted"
-        reason = "not all pods ran within 1m (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 3m"
+        reason = "not all pods ran within 45s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 2m"
         assert reason in watcher_log(release)
         assert [reason in message for message in events(release, "GangTimeout")] == [True]
         limit_nodes(release, 3)
@@ -82,9 +82,7 @@ def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform
         until(lambda: watcher_log(release).count(left) > before, PATIENCE, "an upgrade starts another watcher")
         assert release.phase == "Aborted"
         tell(release, "ResumeJob")
-        until(
-            lambda: len(events(release, "GangTimeout")) == 4, PATIENCE, "resumed by hand it is watched still"
-        )
+        until(lambda: len(events(release, "GangTimeout")) == 4, PATIENCE, "resumed by hand it is watched still")
 
 
 def tell(release: Release, action: str) -> None:
