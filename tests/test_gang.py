@@ -214,19 +214,19 @@ def test_a_restarted_gang_waits_anew(world: World) -> None:
 def test_what_others_have_aborted_is_never_resumed_but_watched_again(
     world: World, before: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A suspend of a gang that waits, or exit code 64; somebody resumes it at 20000 s."""
+    """A suspend of a gang that waits, or exit code 64; somebody resumes it at 6000 s."""
     world.at(100, world.phase(before))
     world.at(200, world.phase("Aborting", kill=True), world.phase("Aborted"))
-    world.at(20000, lambda: world.execute("ResumeJob"))
-    world.at(21810, lambda: setattr(world, "there", False))
+    world.at(6000, lambda: world.execute("ResumeJob"))
+    world.at(7810, lambda: setattr(world, "there", False))
     assert watch(world) == 0
-    assert world.commands == [(21805, "AbortJob")]
+    assert world.commands == [(7805, "AbortJob")]
     assert lines(capfd)[-4].startswith("gang: aborted by exit code 64 or by somebody, or given up: it stays")
 
 
 def test_a_suspend_while_it_rests_keeps_it_aborted(world: World) -> None:
     world.at(2000, lambda: world.execute("AbortJob"))
-    world.at(40000, lambda: setattr(world, "there", False))
+    world.at(6000, lambda: setattr(world, "there", False))
     assert watch(world) == 0
     assert world.commands == [(1800, "AbortJob")]
     assert [reason for reason, _ in world.events] == ["GangTimeout", "GangStaysAborted"]
@@ -235,7 +235,7 @@ def test_a_suspend_while_it_rests_keeps_it_aborted(world: World) -> None:
 def test_exit_code_64_after_a_round_is_not_the_watchers_abort(world: World) -> None:
     world.at(2800, world.phase("Running"))
     world.at(2801, world.phase("Aborting", kill=True), world.phase("Aborted"))
-    world.at(40000, lambda: setattr(world, "there", False))
+    world.at(6000, lambda: setattr(world, "there", False))
     assert watch(world) == 0
     assert world.commands == [(1800, "AbortJob"), (2705, "ResumeJob")]
 
@@ -342,6 +342,16 @@ def test_a_right_that_is_missing_is_named_after_a_while(world: World, broken: tu
     with pytest.raises(ConfigError, match=r"the pod's account may not .* \(forbidden\), for 10m; bind the Role"):
         watch(world)
     assert world.commands == []
+
+
+def test_an_abort_that_was_denied_is_not_the_watchers(world: World) -> None:
+    """Somebody else aborts the Job meanwhile."""
+    world.broken["POST", COMMANDS] = lambda: refusal(403, "forbidden")
+    world.at(1900, world.phase("Aborting", kill=True), world.phase("Aborted"))
+    world.at(1950, world.broken.clear)
+    world.at(6000, lambda: setattr(world, "there", False))
+    assert watch(world) == 0
+    assert (world.commands, world.events) == ([], [])
 
 
 def test_neither_event_nor_record_holds_a_gang_up(world: World, capfd: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_the_job_knows_the_programs_exit_code_and_port() -> None:
     assert {"name": "MASTER_PORT", "value": str(DEFAULT_PORT)} in env
 
 
-def test_the_watchers_job_knows_the_programs_options_and_exit_codes() -> None:
+def test_the_watchers_job_knows_the_programs_options_and_exit_code() -> None:
     objects = template("helm4", "-f", ROOT / "values/grpo.yaml", "--namespace", "training")
     (job,) = [found for found in objects if "-gang-" in found["metadata"]["name"]]
     (container,) = job["spec"]["template"]["spec"]["containers"]
