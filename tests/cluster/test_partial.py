@@ -83,7 +83,7 @@ def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform
         until(lambda: watcher_log(release).count(left) > before, PATIENCE, "an upgrade starts another watcher")
         assert release.phase == "Aborted"
         tell(release, "ResumeJob")
-        until(lambda: release.phase == "Completed", PATIENCE, "resumed by hand, with a pool as large as it was, it ends")
+        until(lambda: release.phase == "Completed", PATIENCE, "resumed by hand, with nodes enough, it ends")
         until(lambda: condition(release, "Complete"), PATIENCE, "its watcher ends with it")
 
 
