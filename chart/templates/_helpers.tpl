@@ -62,6 +62,16 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- if .tags -}}{{ toYaml .tags }}{{- else -}}karpenter.sh/discovery: {{ .root.Values.cluster.name | quote }}{{- end -}}
 {{- end }}
 
+{{/* Of a time such as 1h30m. */}}
+{{- define "tuning.seconds" -}}
+{{- $seconds := 0 -}}
+{{- range regexFindAll "[0-9]+[hms]" . -1 -}}
+{{- $unit := trimAll "0123456789" . -}}
+{{- $seconds = trimSuffix $unit . | atoi | mul (get (dict "h" 3600 "m" 60 "s" 1) $unit) | add $seconds -}}
+{{- end -}}
+{{ $seconds }}
+{{- end }}
+
 {{/* existing, ephemeral, static (an FSx file system that is there) or dynamic (one that comes with the release). */}}
 {{- define "tuning.storage.mode" -}}
 {{- if .Values.storage.existingClaim -}}existing

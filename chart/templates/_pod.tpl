@@ -53,9 +53,14 @@ spec:
         sizeLimit: {{ int $values.resources.sharedMemoryGiB }}Gi
 {{- end }}
 
-{{/* Who a pod is; Pod Security "restricted". */}}
+{{/* Who a pod is. */}}
 {{- define "tuning.pod.identity" -}}
 serviceAccountName: {{ include "tuning.serviceAccount.name" . | quote }}
+{{ include "tuning.pod.security" . }}
+{{- end }}
+
+{{/* Pod Security "restricted", and how images are pulled. */}}
+{{- define "tuning.pod.security" -}}
 enableServiceLinks: false
 {{- if .Values.image.pullSecrets }}
 imagePullSecrets:

@@ -3,6 +3,7 @@ why, what to do. What one value alone may be is in values.schema.json. */}}
 {{- define "tuning.validate" -}}
 {{- include "tuning.validate.release" . -}}
 {{- include "tuning.validate.nodes" . -}}
+{{- include "tuning.validate.watcher" . -}}
 {{- include "tuning.validate.resources" . -}}
 {{- include "tuning.validate.storage" . -}}
 {{- include "tuning.validate.places" . -}}

@@ -24,6 +24,15 @@
 {{- end -}}
 {{- end }}
 
+{{- define "tuning.validate.watcher" -}}
+{{- if and .Values.gang.waitTimeout (eq (include "tuning.seconds" .Values.gang.waitTimeout) "0") -}}
+{{- fail (printf "gang.waitTimeout: got %s, expected a time in which nodes can come; raise it, or write \"\" to wait for ever" .Values.gang.waitTimeout) -}}
+{{- end -}}
+{{- if and (include "tuning.watcher.wanted" .) .Values.nodePool.create (le (include "tuning.seconds" .Values.gang.retryAfter | int) (include "tuning.seconds" .Values.nodePool.consolidateAfter | int)) -}}
+{{- fail (printf "gang.retryAfter: got %s, expected more than nodePool.consolidateAfter (%s): a gang would be resumed before the nodes that it gives back are gone; raise it" .Values.gang.retryAfter .Values.nodePool.consolidateAfter) -}}
+{{- end -}}
+{{- end }}
+
 {{- define "tuning.validate.nodeClass" -}}
 {{- if or $.Values.nodeClass.name (ne $.Values.nodeClass.group "karpenter.k8s.aws") (ne $.Values.nodeClass.kind "EC2NodeClass") -}}
 {{- fail (printf "nodeClass: got %s/%s %q, expected no group, kind or name with nodeClass.create: true, since they are of an existing one; write create: false or remove them" $.Values.nodeClass.group $.Values.nodeClass.kind $.Values.nodeClass.name) -}}

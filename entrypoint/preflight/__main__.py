@@ -15,8 +15,8 @@ from typing import Any
 from entrypoint.command import leave_pipe
 from entrypoint.config import load
 from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED, ConfigError, RunError
+from entrypoint.kubernetes import in_cluster
 from entrypoint.preflight.base_model import BaseModel
-from entrypoint.preflight.kubernetes import in_cluster
 from entrypoint.preflight.places import check_checkpoint, check_mirror, check_output
 from entrypoint.preflight.queue import SCHEDULER_CONFIG, check_queue
 from entrypoint.preflight.traces import check_data

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import yaml
 
 from entrypoint.errors import ConfigError
-from entrypoint.preflight.kubernetes import Answer, Cluster, Unreachable
+from entrypoint.kubernetes import Answer, Cluster, Unreachable
 
 SCHEDULER_CONFIG = "volcano-system/volcano-scheduler-configmap"  # of Volcano's own chart
 QUEUES = "/apis/scheduling.volcano.sh/v1beta1/queues"

@@ -8,6 +8,8 @@ import yaml
 
 from entrypoint.conf import Checkpoint
 from entrypoint.errors import EXIT_REFUSED
+from entrypoint.gang.__main__ import parse
+from entrypoint.gang.watcher import Limits
 from entrypoint.launch.topology import DEFAULT_PORT
 from entrypoint.preflight.__main__ import CHECKS, DEADLINE
 from entrypoint.preflight.queue import SCHEDULER_CONFIG
@@ -40,3 +42,14 @@ def test_the_job_knows_the_programs_exit_code_and_port() -> None:
     assert job["spec"]["policies"][0] == {"exitCode": EXIT_REFUSED, "action": "AbortJob"}
     env = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "MASTER_PORT", "value": str(DEFAULT_PORT)} in env
+
+
+def test_the_watchers_job_knows_the_programs_options_and_exit_code() -> None:
+    objects = template("helm4", "-f", ROOT / "values/grpo.yaml", "--namespace", "training")
+    (job,) = [found for found in objects if "-gang-" in found["metadata"]["name"]]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    records = [found["metadata"]["name"] for found in objects if found["kind"] == "ConfigMap"]
+    limits = Limits(wait=1800, rest=900, retries=10)
+    assert parse(container["args"]) == (("training", "run-042"), "run-042-gang", limits)
+    assert "run-042-gang" in records
+    assert job["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == [EXIT_REFUSED]

@@ -19,8 +19,9 @@ def frozen(*settings: str) -> str:
     "setting",
     [
         "gang.priorityClassName=research",
+        "gang.waitTimeout=",
         "networkPolicy.enabled=false",
-        "nodePool.consolidateAfter=20m",
+        "nodePool.consolidateAfter=12m",
         "nodePool.capacityTypes={spot,on-demand}",
         "cost.hours.high=9",
         "storage.keep=true",

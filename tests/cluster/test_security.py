@@ -26,14 +26,31 @@ def test_the_trainers_account_may_do_nothing_once_it_runs(platform: Platform) ->
         assert allowed(platform.plane.api.with_token(token), platform.namespace) == set()
 
 
+def test_the_watchers_account_may_do_what_it_needs_and_nothing_else(platform: Platform) -> None:
+    """Its rights are those of one release: one Job, one ConfigMap, and what has no name before it is created."""
+    release = platform.release("watched", preflight={"checks": []}, nodeClass={"name": "never-there"})
+    with release.installed():
+        token = account_token(platform.plane, platform.namespace, "watched-gang")
+        account = platform.plane.api.with_token(token)
+        everywhere = {"create commands.bus.volcano.sh", "create events."}
+        assert allowed(account, platform.namespace) == everywhere
+        assert allowed(account, platform.namespace, "watched") == {*everywhere, "get jobs.batch.volcano.sh"}
+        own = {"get configmaps.", "patch configmaps."}
+        assert allowed(account, platform.namespace, "watched-gang") == everywhere | own
+        assert allowed(account, "default") == set()
+
+
 def account_token(plane: Plane, namespace: str, account: str) -> str:
     request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
     made = plane.api.create("serviceaccounts", request, namespace, sub=(account, "token"))
     return str(made["status"]["token"])
 
 
-def allowed(account: Api, namespace: str) -> set[str]:
-    """`verb resource` of everything that the account may do in the namespace, but ask about itself."""
+def allowed(account: Api, namespace: str, object_name: str = "") -> set[str]:
+    """`verb resource` of everything that the account may do in the namespace, but ask about itself.
+
+    With `object_name`, what it may do with an object of that name; without, with any.
+    """
     resources = [""] + [group["name"] for group in account.request("GET", "/apis")["groups"]]
     asked = [
         (verb, name, group)
@@ -46,7 +63,7 @@ def allowed(account: Api, namespace: str) -> set[str]:
     def may(question: tuple[str, str, str]) -> bool:
         verb, name, group = question
         resource, _, subresource = name.partition("/")
-        attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
+        attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource, "name": object_name}
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",

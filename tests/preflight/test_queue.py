@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import ssl
-import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from entrypoint.preflight import kubernetes, queue
+from entrypoint import kubernetes
+from entrypoint.preflight import queue
 from entrypoint.preflight.__main__ import main
 from entrypoint.preflight.queue import voters_of
+from tests.servers.kubernetes import Reply, certificate, kubernetes_api, refusal
 
 QUEUE = "/apis/scheduling.volcano.sh/v1beta1/queues/training"
 CONFIG = "/api/v1/namespaces/volcano-system/configmaps/volcano-scheduler-configmap"
@@ -45,66 +37,24 @@ tiers:
 Answers = dict[str, Any]  # path to an object, to (status, object), or to what is called for one
 
 
-def refusal(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    return status, {"kind": "Status", "status": "Failure", "message": message, "code": status}
-
-
-def certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1, signed by itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    today = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(today - timedelta(days=1))
-        .not_valid_after(today + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / f"{name}.crt", folder / f"{name}.key"
-    paths[0].write_bytes(made.public_bytes(Encoding.PEM))
-    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return paths
-
-
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
     """What the server answers; without a token it answers 401, and no such path is no such kind."""
     found: Answers = {CONFIG: refusal(403, "configmaps is forbidden")}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer = found.get(self.path, (404, None))
-            answer = answer() if callable(answer) else answer
-            if self.headers["Authorization"] != "Bearer a-token":
-                answer = refusal(401, "Unauthorized")
-            status, content = answer if isinstance(answer, tuple) else (200, answer)
-            body = b"404 page not found\n" if content is None else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: what is said on stderr is preflight's."""
+    def handle(method: str, path: str, sent: dict[str, Any]) -> Reply:
+        answer = found.get(path, (404, None))
+        answer = answer() if callable(answer) else answer
+        return answer if isinstance(answer, tuple) else (200, answer)
 
     account = tmp_path / "serviceaccount"
-    account.mkdir()
-    public, private = certificate(account, "ca")
-    (account / "token").write_text("a-token\n")
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(public, private)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-        monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a client that leaves at its deadline
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with kubernetes_api(account, handle) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(kubernetes, "ACCOUNT", account)
         monkeypatch.setattr(queue, "POLL", 0.01)
-        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
         monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # of the outside world
         yield found
-        server.shutdown()
 
 
 @pytest.fixture
@@ -206,7 +156,7 @@ def test_outside_a_pod_there_is_no_queue(ask: Ask, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert ask() == (
         64,
-        "entrypoint: preflight: queue: environment: KUBERNETES_SERVICE_HOST is not set; --queue works in a pod only",
+        "entrypoint: preflight: queue: environment: KUBERNETES_SERVICE_HOST is not set; only a pod can ask its cluster",
     )
 
 

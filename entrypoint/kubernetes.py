@@ -1,12 +1,14 @@
-"""The Kubernetes API as a pod sees it: objects read with the service account's own token, by the standard library."""
+"""The Kubernetes API as a pod sees it: asked with the service account's own token, by the standard library."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +45,36 @@ class Cluster:
     tls: ssl.SSLContext
 
     def get(self, path: str) -> Answer:
-        """The answer to GET `path`.
+        """The answer to GET `path`; raises as `ask` does."""
+        return self.ask("GET", path)
+
+    def create(self, path: str, content: Mapping[str, Any]) -> Answer:
+        """The answer to a new object, sent to its collection's `path`; raises as `ask` does."""
+        return self.ask("POST", path, content)
+
+    def merge(self, path: str, content: Mapping[str, Any]) -> Answer:
+        """The answer to a JSON merge patch of the object at `path`; raises as `ask` does."""
+        return self.ask("PATCH", path, content, "application/merge-patch+json")
+
+    def ask(
+        self, method: str, path: str, content: Mapping[str, Any] | None = None, kind: str = "application/json"
+    ) -> Answer:
+        """The answer to one request.
 
         Raises:
-            Unreachable: there is none.
+            Unreachable: there is none; whether the request was carried out is not known.
             ConfigError: the account can't be read, or it is not the server that the account's certificate names.
         """
         try:
             token = (self.account / "token").read_text().strip()  # read anew each time: the kubelet renews it
         except OSError as error:
             raise ConfigError(f"{error.filename}: can't be read ({error.strerror}); {_MOUNT}") from None
-        request = urllib.request.Request(
-            f"{self.address}{path}", headers={"Authorization": f"Bearer {token}", "Accept": "application/json"}
-        )
+        request = urllib.request.Request(f"{self.address}{path}", method=method)
+        request.add_header("Authorization", f"Bearer {token}")
+        request.add_header("Accept", "application/json")
+        if content is not None:
+            request.data = json.dumps(content).encode()
+            request.add_header("Content-Type", kind)
         # Straight to the server: a proxy for the outside world is none for the cluster.
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self.tls)
@@ -66,7 +85,7 @@ class Cluster:
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error.code, _object(error.read()))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise ConfigError(
@@ -87,7 +106,7 @@ def in_cluster() -> Cluster:
     """
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host:
-        raise ConfigError("environment: KUBERNETES_SERVICE_HOST is not set; --queue works in a pod only")
+        raise ConfigError("environment: KUBERNETES_SERVICE_HOST is not set; only a pod can ask its cluster")
     try:
         tls = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
     except OSError as error:

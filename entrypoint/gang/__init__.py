@@ -1,0 +1,1 @@
+"""A gang that does not start in time, its nodes given back and tried again later."""

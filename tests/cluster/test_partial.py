@@ -1,0 +1,132 @@
+"""A gang of which a node can't be had: those that came are given back, and it starts once there are enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.cluster.api import Object
+from tests.cluster.helm import Release, seconds_since
+from tests.cluster.plane import until
+from tests.cluster.platform import Platform, instead_of_training
+
+PATIENCE = 400
+DONE = "print('done', flush=True); os._exit(0)"
+
+
+@contextmanager
+def installed_with_nodes(platform: Platform, release: Release, nodes: int) -> Iterator[None]:
+    """The release during the block, with a pool that may have so many nodes: without its node class it buys none."""
+    api, node_class = platform.plane.api, release.values["nodeClass"]["name"]
+    with release.installed():
+        limit_nodes(release, nodes)
+        api.apply(
+            {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass", "metadata": {"name": node_class}}
+        )
+        yield
+    until(lambda: release.claims == [], PATIENCE, "the nodes are gone")
+    api.delete("kwoknodeclasses.karpenter.kwok.sh", node_class)
+
+
+def limit_nodes(release: Release, nodes: int) -> None:
+    """Let the pool have so many; by their GPUs, since Karpenter counts `nodes` only once they are there."""
+    limits = {"spec": {"limits": {"nvidia.com/gpu": str(8 * nodes)}}}
+    release.plane.api.patch("nodepools.karpenter.sh", f"{release.name}.{release.namespace}", limits)
+
+
+def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
+    gang = {"waitTimeout": "45s", "retryAfter": "120s"}
+    values = instead_of_training(platform, "partial", DONE)
+    release = platform.release("partial", **values, gang=gang, nodeClass={"name": "partial"})
+    with installed_with_nodes(platform, release, 2):
+        until(lambda: len(release.claims) == 2, PATIENCE, "two nodes are bought")
+        begun = time.monotonic()
+        until(lambda: release.phase == "Aborted", PATIENCE, "the gang is given up for now")
+        print(f"two nodes to the abort: {seconds_since(begun)}")
+        assert "done" not in release.logs()
+        until(lambda: release.claims == [], PATIENCE, "the two are given back")
+        print(f"two nodes to none: {seconds_since(begun)}")
+        assert release.phase == "Aborted"
+        reason = "not all pods ran within 45s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 2m"
+        assert reason in watcher_log(release)
+        assert [reason in message for message in events(release, "GangTimeout")] == [True]
+        limit_nodes(release, 3)
+        until(lambda: release.phase == "Completed", PATIENCE, "the run is resumed and ends")
+        print(f"two nodes to the end of the run: {seconds_since(begun)}")
+        assert release.restarts == 1
+        until(lambda: condition(release, "Complete"), PATIENCE, "its watcher ends with it")
+        assert watcher_log(release).splitlines()[-1].startswith("gang: the run has ended, its Job is Completed")
+
+
+def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform: Platform) -> None:
+    gang = {"waitTimeout": "15s", "retryAfter": "90s", "retries": 1}
+    values = instead_of_training(platform, "never", DONE)
+    release = platform.release("never", **values, gang=gang, nodeClass={"name": "never"})
+    with installed_with_nodes(platform, release, 2):
+        until(lambda: '"version": null' not in record(release), PATIENCE, "aborted by the watcher, and at rest")
+        tell(release, "AbortJob")
+        until(lambda: events(release, "GangStaysAborted"), PATIENCE, "a suspend is noticed")
+        assert (release.phase, release.restarts) == ("Aborted", 0)
+        tell(release, "ResumeJob")
+        until(lambda: events(release, "GangGivenUp"), PATIENCE, "resumed by hand it is watched again, and given up")
+        assert (release.phase, release.restarts) == ("Aborted", 2)
+        assert len(events(release, "GangTimeout")) == 3
+        until(lambda: release.claims == [], PATIENCE, "the nodes are given back")
+        left = "gang: aborted by exit code 64 or by somebody, or given up"
+        before = watcher_log(release).count(left)
+        name = watcher(release)["metadata"]["name"]
+        platform.plane.api.delete("jobs.batch", name, release.namespace, propagationPolicy="Background")
+        done = release.upgrade("--force-conflicts")  # this test has changed the pool's limit, and has it back
+        assert done.returncode == 0, done.stderr
+        assert release.job["metadata"]["uid"] in record(release)
+        until(lambda: watcher_log(release).count(left) > before, PATIENCE, "an upgrade starts another watcher")
+        assert release.phase == "Aborted"
+        tell(release, "ResumeJob")
+        until(lambda: release.phase == "Completed", PATIENCE, "resumed by hand, with nodes enough, it ends")
+        until(lambda: condition(release, "Complete"), PATIENCE, "its watcher ends with it")
+
+
+def tell(release: Release, action: str) -> None:
+    """What `vcctl job suspend` and `resume` do."""
+    metadata = release.job["metadata"]
+    owner = {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "name": release.name, "uid": metadata["uid"]}
+    command = {
+        "apiVersion": "bus.volcano.sh/v1alpha1",
+        "kind": "Command",
+        "metadata": {"generateName": f"{release.name}-", "ownerReferences": [{**owner, "controller": True}]},
+        "action": action,
+        "target": {**owner, "controller": True},
+    }
+    release.plane.api.create("commands.bus.volcano.sh", command, release.namespace)
+
+
+def events(release: Release, reason: str) -> list[str]:
+    """The messages of the Job's events that have this reason."""
+    uid = release.job["metadata"]["uid"]
+    found = [event for event in release.plane.api.list("events", release.namespace) if event["reason"] == reason]
+    return [event["message"] for event in found if event["involvedObject"].get("uid") == uid]
+
+
+def record(release: Release) -> str:
+    """What the watcher remembers, as it wrote it; says null for what it does not know."""
+    found = release.plane.api.get("configmaps", f"{release.name}-gang", release.namespace)
+    return str(found.get("data", {}).get("record", '"version": null'))
+
+
+def watcher_log(release: Release) -> str:
+    folder = release.plane.folder / "pods" / release.namespace
+    return "".join(file.read_text() for file in folder.glob(f"{release.name}-gang-*/*.log"))
+
+
+def watcher(release: Release) -> Object:
+    """The watcher's own Job."""
+    labels = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=gang-watcher"
+    (job,) = release.plane.api.list("jobs.batch", release.namespace, labels=labels)
+    return job
+
+
+def condition(release: Release, kind: str) -> str:
+    """The reason of a condition that the watcher's own Job has; empty: it has not."""
+    found = watcher(release).get("status", {}).get("conditions", [])
+    return next((str(each.get("reason")) for each in found if each["type"] == kind and each["status"] == "True"), "")
