@@ -60,17 +60,19 @@ def test_preflights_account_may_read_its_queue_and_the_schedulers_configuration(
         if found["kind"] in kinds and "helm.sh/hook" in found["metadata"].get("annotations", {})
     ]
     assert sorted(found["kind"] for found in manifests) == sorted(kinds)
-    for manifest in manifests:
-        api.apply(manifest, platform.namespace)
-    account = api.with_token(account_token(platform.plane, platform.namespace, "asks"))
-    assert allowed(account, platform.namespace) == set()  # of things without a name
-    queue = f"asks.{platform.namespace}"
-    assert may(account, "get", *QUEUES, queue)
-    assert may(account, "get", "", "configmaps", CONFIGURATION["name"], CONFIGURATION["namespace"])
-    assert not may(account, "get", *QUEUES, "default")
-    assert not any(may(account, verb, *QUEUES, queue) for verb in ("update", "patch", "delete"))
-    for manifest in manifests:
-        api.remove(manifest, platform.namespace)
+    try:
+        for manifest in manifests:
+            api.apply(manifest, platform.namespace)
+        account = api.with_token(account_token(platform.plane, platform.namespace, "asks"))
+        assert allowed(account, platform.namespace) == set()  # of things without a name
+        queue = f"asks.{platform.namespace}"
+        assert may(account, "get", *QUEUES, queue)
+        assert may(account, "get", "", "configmaps", CONFIGURATION["name"], CONFIGURATION["namespace"])
+        assert not may(account, "get", *QUEUES, "default")
+        assert not any(may(account, verb, *QUEUES, queue) for verb in ("update", "patch", "delete"))
+    finally:
+        for manifest in manifests:
+            api.remove(manifest, platform.namespace)
 
 
 def may(account: Api, verb: str, group: str, resource: str, name: str, namespace: str = "") -> bool:

@@ -139,13 +139,15 @@ def fixed_nodes(platform: Platform, count: int) -> Iterator[None]:
     """Nodes that nobody buys and nobody gives back."""
     (resources,) = (found["resources"] for found in instance_types() if found["name"] == TYPE)
     names = [f"gpu-{number}" for number in range(count)]
-    for name in names:
-        platform.plane.api.apply(node(name))
-        status = {"status": {"capacity": resources, "allocatable": resources}}
-        platform.plane.api.patch("nodes", name, status, sub="status")
-    yield
-    for name in names:
-        platform.plane.api.delete("nodes", name)
+    try:
+        for name in names:
+            platform.plane.api.apply(node(name))
+            status = {"status": {"capacity": resources, "allocatable": resources}}
+            platform.plane.api.patch("nodes", name, status, sub="status")
+        yield
+    finally:
+        for name in names:
+            platform.plane.api.delete("nodes", name)
 
 
 def node(name: str) -> Object:

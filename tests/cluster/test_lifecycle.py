@@ -57,14 +57,16 @@ def test_a_claim_stays_where_that_is_asked_for_and_is_taken_up_again(platform: P
     before = before_a_release(platform.plane)
     release = platform.release("kept", **values, nodes=1, storage={"keep": True})
     kept = {f"persistentvolumeclaims. {platform.namespace}/kept", f"persistentvolumes. /kept.{platform.namespace}"}
-    for _ in range(2):
-        with release.installed():
-            until(release.running, PATIENCE, "the run runs")
-        until_gone(platform.plane, before | kept, PATIENCE)
-        claim = platform.plane.api.get("persistentvolumeclaims", "kept", platform.namespace)
-        assert claim["status"]["phase"] == "Bound"
-    platform.plane.api.delete("persistentvolumeclaims", "kept", platform.namespace)
-    platform.plane.api.delete("persistentvolumes", f"kept.{platform.namespace}")
+    try:
+        for _ in range(2):
+            with release.installed():
+                until(release.running, PATIENCE, "the run runs")
+            until_gone(platform.plane, before | kept, PATIENCE)
+            claim = platform.plane.api.get("persistentvolumeclaims", "kept", platform.namespace)
+            assert claim["status"]["phase"] == "Bound"
+    finally:
+        platform.plane.api.delete("persistentvolumeclaims", "kept", platform.namespace)
+        platform.plane.api.delete("persistentvolumes", f"kept.{platform.namespace}")
     until_gone(platform.plane, before, PATIENCE)
 
 

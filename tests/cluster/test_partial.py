@@ -19,14 +19,15 @@ DONE = "print('done', flush=True); os._exit(0)"
 def installed_with_nodes(platform: Platform, release: Release, nodes: int) -> Iterator[None]:
     """The release during the block, with a pool that may have so many nodes: without its node class it buys none."""
     api, node_class = platform.plane.api, release.values["nodeClass"]["name"]
-    with release.installed():
-        limit_nodes(release, nodes)
-        api.apply(
-            {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass", "metadata": {"name": node_class}}
-        )
-        yield
-    until(lambda: release.claims == [], PATIENCE, "the nodes are gone")
-    api.delete("kwoknodeclasses.karpenter.kwok.sh", node_class)
+    made = {"apiVersion": "karpenter.kwok.sh/v1alpha1", "kind": "KWOKNodeClass", "metadata": {"name": node_class}}
+    try:
+        with release.installed():
+            limit_nodes(release, nodes)
+            api.apply(made)
+            yield
+        until(lambda: release.claims == [], PATIENCE, "the nodes are gone")
+    finally:
+        api.delete("kwoknodeclasses.karpenter.kwok.sh", node_class)
 
 
 def limit_nodes(release: Release, nodes: int) -> None:
