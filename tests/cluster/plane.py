@@ -27,13 +27,10 @@ from tests.process import scrubbed
 from tests.servers.server import free_port, serve
 
 # The stock configuration of Volcano's chart, and the one that a cluster which scales from zero needs: with the
-# action `enqueue` a gang that finds no GPUs at all is refused before it has pods, so that nobody buys it nodes.
+# action `enqueue` a gang that finds no GPUs at all is refused before it has pods, so that nobody buys it nodes; with
+# the plugin `proportion` a gang that waits for nodes keeps another, whose nodes are there, from being bound.
 STOCK = "enqueue, allocate, backfill"
 FROM_ZERO = "allocate, backfill"
-PLUGINS = [
-    ["priority", "gang", "conformance"],
-    ["overcommit", "drf", "predicates", "proportion", "nodeorder", "binpack"],
-]
 NOT_PREEMPTABLE = ("gang", "drf")
 CONFIGURATION = {"name": "volcano-scheduler-configmap", "namespace": "volcano-system"}  # where a cluster keeps it
 
@@ -198,7 +195,12 @@ def _scheduler_configuration(actions: str) -> Object:
     def plugin(name: str) -> Object:
         return {"name": name, **({"enablePreemptable": False} if name in NOT_PREEMPTABLE else {})}
 
-    return {"actions": actions, "tiers": [{"plugins": [plugin(name) for name in tier]} for tier in PLUGINS]}
+    shares = "proportion" if actions == STOCK else "capacity"
+    tiers = [
+        ["priority", "gang", "conformance"],
+        ["overcommit", "drf", "predicates", shares, "nodeorder", "binpack"],
+    ]
+    return {"actions": actions, "tiers": [{"plugins": [plugin(name) for name in tier]} for tier in tiers]}
 
 
 def _kubeconfig(path: Path, server: str, token: str, authority: Path) -> Path:
