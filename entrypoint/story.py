@@ -16,7 +16,6 @@ a rank of its own crashed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 from entrypoint.attempts import Attempt, Event, read_attempts, summary
 from entrypoint.conf import Run
-from entrypoint.config import fingerprint_keys
+from entrypoint.config import run_key
 from entrypoint.errors import EXIT_STOPPED
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 
@@ -54,8 +53,7 @@ class Story:
     @classmethod
     def of(cls, run: Run) -> Story:
         """The ledger of a composed run; in a rank, of its launcher's start."""
-        keys = json.dumps(fingerprint_keys(run), sort_keys=True, default=str)
-        name = hashlib.sha256(keys.encode()).hexdigest()[:12]
+        name = run_key(run)[:12]
         return cls(Path(str(run.checkpoint.path)), name, os.environ.get(LAUNCH_VARIABLE, ""))
 
     # Write -----------------------------------------------------------------------------------------------------------

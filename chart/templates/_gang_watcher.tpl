@@ -36,13 +36,7 @@ template:
     serviceAccountName: {{ include "tuning.watcher.name" . | quote }}
     {{- include "tuning.pod.security" . | nindent 4 }}
     automountServiceAccountToken: true
-    restartPolicy: Never
-    {{- if .Values.preflight.nodeSelector }}
-    nodeSelector: {{- toYaml .Values.preflight.nodeSelector | nindent 6 }}
-    {{- end }}
-    {{- if .Values.preflight.tolerations }}
-    tolerations: {{- toYaml .Values.preflight.tolerations | nindent 6 }}
-    {{- end }}
+    {{- include "tuning.pod.ordinary" . | nindent 4 }}
     containers:
       - name: gang-watcher
         image: {{ include "tuning.image" (dict "root" . "image" .Values.preflight.image) | quote }}

@@ -59,6 +59,17 @@ serviceAccountName: {{ include "tuning.serviceAccount.name" . | quote }}
 {{ include "tuning.pod.security" . }}
 {{- end }}
 
+{{/* On an ordinary node: where preflight and the gang's watcher go, and what they bear there. */}}
+{{- define "tuning.pod.ordinary" -}}
+restartPolicy: Never
+{{- if .Values.preflight.nodeSelector }}
+nodeSelector: {{- toYaml .Values.preflight.nodeSelector | nindent 2 }}
+{{- end }}
+{{- if .Values.preflight.tolerations }}
+tolerations: {{- toYaml .Values.preflight.tolerations | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{/* Pod Security "restricted", and how images are pulled. */}}
 {{- define "tuning.pod.security" -}}
 enableServiceLinks: false

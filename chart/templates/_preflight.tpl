@@ -17,13 +17,7 @@ template:
   spec:
     {{- include "tuning.pod.identity" $root | nindent 4 }}
     automountServiceAccountToken: {{ .queue }}
-    restartPolicy: Never
-    {{- if $root.Values.preflight.nodeSelector }}
-    nodeSelector: {{- toYaml $root.Values.preflight.nodeSelector | nindent 6 }}
-    {{- end }}
-    {{- if $root.Values.preflight.tolerations }}
-    tolerations: {{- toYaml $root.Values.preflight.tolerations | nindent 6 }}
-    {{- end }}
+    {{- include "tuning.pod.ordinary" $root | nindent 4 }}
     containers:
       - name: preflight
         image: {{ include "tuning.image" (dict "root" $root "image" $root.Values.preflight.image) | quote }}

@@ -15,7 +15,7 @@ from entrypoint import __version__
 from entrypoint.conf import Run
 from entrypoint.config.checks import check, check_data
 from entrypoint.config.command_line import CommandLine, parse
-from entrypoint.config.keys import fingerprint_keys, flatten
+from entrypoint.config.keys import fingerprint_keys, flatten, run_key
 from entrypoint.config.places import on_first_rank
 from entrypoint.config.read import read_run, refuse_unknown
 from entrypoint.config.run_file import compose_run, resolved
@@ -25,7 +25,7 @@ from entrypoint.errors import ConfigError
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.storage import is_s3, local_path
 
-__all__ = ["compose", "fingerprint_keys", "flatten", "load", "load_data", "resolve"]
+__all__ = ["compose", "fingerprint_keys", "flatten", "load", "load_data", "resolve", "run_key"]
 
 REQUIRED = ("data.path", "model.path", "output.path")
 

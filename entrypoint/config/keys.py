@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -121,6 +123,11 @@ FREE = (
     "train.sharding",
     "train.share_prompts",
 )
+
+
+def run_key(run: Run) -> str:
+    """A run's name among those that share a folder: the SHA-256 of its `fingerprint_keys`."""
+    return hashlib.sha256(json.dumps(fingerprint_keys(run), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_keys(run: Run) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from entrypoint.conf import Run
-from entrypoint.config.keys import fingerprint_keys, flatten
+from entrypoint.config import flatten, run_key
 from entrypoint.storage import write_atomically
 from entrypoint.tracking.metrics_log import MetricsLog
 from entrypoint.tracking.mlflow_run import MlflowRun
@@ -34,7 +33,7 @@ class Tracker:
     def __init__(self, run: Run, *, resumed_at: int, total_steps: int) -> None:
         self._run = run
         folder = Path(str(run.checkpoint.path))
-        name = hashlib.sha256(json.dumps(fingerprint_keys(run), sort_keys=True, default=str).encode()).hexdigest()
+        name = run_key(run)
         fresh = not resumed_at and (run.checkpoint.resume == "never" or _tracked(folder) != name)
         self._mlflow = None
         if run.tracking.mlflow_uri:

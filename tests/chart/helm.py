@@ -30,14 +30,25 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 
 def run(
-    name: str, *arguments: str | Path, stdin: str | None = None, kubeconfig: Path | None = None
+    name: str,
+    *arguments: str | Path,
+    stdin: str | None = None,
+    kubeconfig: Path | None = None,
+    timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Go tool in the repository's root, without a cluster unless `kubeconfig` names one."""
+    """Run a Go tool in the repository's root, without a cluster unless `kubeconfig` names one; `timeout` in seconds."""
     home = _home().name
     environment = scrubbed({f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")})
     environment["KUBECONFIG"] = str(kubeconfig or f"{home}/none")
     return subprocess.run(
-        [tool(name), *arguments], cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True, check=False
+        [tool(name), *arguments],
+        cwd=ROOT,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

@@ -9,26 +9,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.chart.helm import CHART
+from tests.chart.helm import run as run_helm
 from tests.cluster.api import Object
 from tests.cluster.plane import Plane, until
-from tests.process import ROOT, scrubbed
 
-CHART = ROOT / "chart"
 VALUES = Path(__file__).parent / "values.yaml"
-HELMS = ("helm3", "helm4")
-
-
-@cache
-def helm_binary(name: str) -> str:
-    """The path of a pinned Helm, built where it is not in the cache."""
-    built = subprocess.run([ROOT / ".ci/tools/build", name], check=True, stdout=subprocess.PIPE, text=True)
-    return built.stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -59,17 +50,8 @@ class Release:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Helm with the plane's kubeconfig and nothing of this machine's configuration."""
-        home = self.plane.folder / "helm"
-        variables = {f"HELM_{kind}_HOME": str(home) for kind in ("CACHE", "CONFIG", "DATA")}
-        return subprocess.run(
-            [helm_binary(self.helm), *arguments, "--namespace", self.namespace],
-            env=scrubbed({**variables, "KUBECONFIG": str(self.plane.kubeconfig)}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        kubeconfig, words = self.plane.kubeconfig, (*arguments, "--namespace", self.namespace)
+        return run_helm(self.helm, *words, stdin="", kubeconfig=kubeconfig, timeout=600)
 
     @contextmanager
     def installed(self) -> Iterator[Release]:

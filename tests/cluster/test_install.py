@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.helm import CHART
 from tests.cluster.api import ApiError, Object
 from tests.cluster.counts import INSTALLS, SERIES
-from tests.cluster.helm import CHART, Release, before_a_release, everything, seconds_since, until_gone
+from tests.cluster.helm import Release, before_a_release, everything, seconds_since, until_gone
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
 from tests.cluster.platform import SLEEP, Platform, apply_driver, instead_of_training
 from tests.process import ROOT
