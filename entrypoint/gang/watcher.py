@@ -110,7 +110,7 @@ class Watcher:
         The look that it follows from is a moment old. A gang that starts in this moment is aborted all the same: it
         saves what it has, as at any notice, and goes on from there.
         """
-        before, first = self.record, self.sent[:2] != ("AbortJob", gang.wait)
+        before, first = self.record, self._unsent("AbortJob", gang)
         rounds = before.rounds + (before.aborted != gang.wait)
         self._remember(rounds=rounds, aborted=gang.wait, version=None)
         try:
@@ -160,13 +160,16 @@ class Watcher:
             )
             self._leave(gang, "GangStaysAborted", why)
         elif rested >= self.limits.rest and self._may_send("ResumeJob", gang):
-            first = self.sent[:2] != ("ResumeJob", gang.wait)
+            first = self._unsent("ResumeJob", gang)
             self._send("ResumeJob", gang, f"resumed after {duration(rested)}")
             if first:
                 say(f"resumed after {duration(rested)}, {self.record.rounds} of {self.limits.retries}")
 
+    def _unsent(self, action: str, gang: Gang) -> bool:
+        return self.sent[:2] != (action, gang.wait)
+
     def _may_send(self, action: str, gang: Gang) -> bool:
-        return self.sent[:2] != (action, gang.wait) or self.clock() - self.sent[2] >= AGAIN
+        return self._unsent(action, gang) or self.clock() - self.sent[2] >= AGAIN
 
     def _send(self, action: str, gang: Gang, message: str) -> None:
         try:
