@@ -128,14 +128,16 @@ class Start:
         out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
         return Ended(code, out, err, self.folder / "checkpoints", self.folder / "out")
 
-    def wait_for_step(self, process: subprocess.Popen[str], step: int) -> None:
-        """Wait until metrics.jsonl holds `step`."""
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, saved: int = 0) -> None:
+        """Wait until metrics.jsonl holds `step`; with `saved`, until the checkpoint of that step is complete too."""
+        checkpoints = self.folder / "checkpoints"
 
-        def logged() -> bool:
+        def there() -> bool:
             assert process.poll() is None, f"the run ended by itself: {(self.folder / 'stderr').read_text()[-2000:]}"
-            return any(line["step"] >= step for line in read_lines(self.folder / "checkpoints"))
+            complete = not saved or (checkpoints / f"step-{saved:08d}").exists()
+            return complete and any(line["step"] >= step for line in read_lines(checkpoints))
 
-        wait_until(logged)
+        wait_until(there)
 
 
 def run(folder: Path, *words: str, env: Mapping[str, str | None] | None = None) -> Ended:

@@ -59,7 +59,7 @@ def killed(scene: Scene) -> Path:
     """The folder of a run that was killed in epoch 2."""
     start = scene.start("killed")
     with start.process() as process:
-        start.wait_for_step(process, AFTER_A_CHECKPOINT)
+        start.wait_for_step(process, AFTER_A_CHECKPOINT, saved=SAVE_EVERY)
         kill(process)
     assert process.returncode == -signal.SIGKILL
     assert not (start.folder / "out" / "run.json").exists()
