@@ -37,6 +37,7 @@ from tests.servers.toxiproxy import toxiproxy as start_toxiproxy
 MLFLOW = ("tests/test_tracking.py", "tests/servers/")  # share a server that takes 20 s to start
 # A module looks at the same runs, or the same image, from many sides.
 BY_MODULE = (
+    "tests/cluster/test_gang.py",
     "tests/e2e/",
     "tests/faults/",
     "tests/image/test_cpu_target.py",

@@ -148,7 +148,8 @@ class Preflight:
     def _run(self) -> None:
         queue = self.options.queue
         if queue is not None:
-            self._check("queue", lambda: check_queue(in_cluster(), queue, self.options.scheduler_config, self._wait))
+            place = self.options.scheduler_config
+            self._check("queue", lambda: check_queue(in_cluster(), queue, place, self._wait, warn))
         loaded: list[Any] = []
 
         def config() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -23,12 +24,16 @@ ROLES_LAG = 10.0  # seconds that a role made a moment ago may take to be known t
 VOTERS = ("overcommit", "proportion", "capacity")
 
 
-def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Callable[[str], None]) -> str:
+Say = Callable[[str], None]
+
+
+def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Say, warn: Say) -> str:
     """Wait until the Queue is Open; returns what to say of it.
 
     Args:
         scheduler_config: namespace/name of Volcano's ConfigMap; judged where the account may read it.
         waiting: told what is being waited for.
+        warn: told what lets this run start, and costs others.
 
     Raises:
         ConfigError: it will not open by itself, or the scheduler can't start a gang from zero nodes.
@@ -37,10 +42,10 @@ def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Cal
     while not _is_open(cluster, name, waiting, patient=time.monotonic() - began < ROLES_LAG):
         time.sleep(POLL)
     waited = time.monotonic() - began
-    return f"{name} is Open after {waited:.1f} s; {_judge_scheduler(cluster, scheduler_config)}"
+    return f"{name} is Open after {waited:.1f} s; {_judge_scheduler(cluster, scheduler_config, warn)}"
 
 
-def _is_open(cluster: Cluster, name: str, waiting: Callable[[str], None], *, patient: bool) -> bool:
+def _is_open(cluster: Cluster, name: str, waiting: Say, *, patient: bool) -> bool:
     try:
         answer = cluster.get(f"{QUEUES}/{quote(name, safe='')}")
     except Unreachable as error:  # a network policy may be in force later than its pod
@@ -76,7 +81,7 @@ def _refusal(name: str, answer: Answer) -> ConfigError:
     return ConfigError(f"Queue {name}: the Kubernetes API answers {answer.status} ({answer.message})")
 
 
-def _judge_scheduler(cluster: Cluster, place: str) -> str:
+def _judge_scheduler(cluster: Cluster, place: str, warn: Say) -> str:
     """Refuse a configuration that can't scale from zero; says whether one was seen."""
     namespace, _, name = place.partition("/")
     try:
@@ -86,33 +91,49 @@ def _judge_scheduler(cluster: Cluster, place: str) -> str:
     if answer.status != 200:
         return f"Volcano's scheduler configuration was not looked at ({place}: {answer.status or 'no answer'})"
     for key, text in (answer.content.get("data") or {}).items():
-        if key.endswith(".conf") and (voters := voters_of(str(text))):
+        config = read_config(str(text)) if key.endswith(".conf") else None
+        if config and (voters := voters_of(config)):
             raise ConfigError(
                 f"ConfigMap {place}: this Volcano never scales from zero nodes: the action enqueue asks "
                 f"{', '.join(voters)}, which refuse a gang that is larger than the cluster is now; write "
                 f'actions: "allocate, backfill", or enableJobEnqueued: false beside {" and ".join(voters)}'
             )
+        if config and any(plugin["name"] == "proportion" for tier in config.tiers for plugin in tier):
+            warn(
+                f"ConfigMap {place}: with the plugin proportion a run that waits for nodes can keep another, whose "
+                "nodes are there and paid for, from starting; write capacity in its place where several run at once"
+            )
     return "its scheduler can start from zero nodes"
 
 
-def voters_of(text: str) -> list[str]:
-    """The plugins that keep a gang out of a cluster without nodes, by volcano-scheduler.conf; empty: none does.
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What volcano-scheduler.conf says: its actions, and its plugins, as written, by tier."""
+
+    actions: list[str]
+    tiers: list[list[dict[str, Any]]]
+
+
+def read_config(text: str) -> SchedulerConfig | None:
+    """What is written; None: nothing that the scheduler takes, and it has a configuration of its own then."""
+    try:
+        config: Any = yaml.safe_load(text)
+        tiers = [[{**plugin, "name": plugin["name"]} for plugin in tier["plugins"]] for tier in config["tiers"]]
+        return SchedulerConfig([action.strip() for action in str(config["actions"]).split(",")], tiers)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def voters_of(config: SchedulerConfig) -> list[str]:
+    """The plugins that keep a gang out of a cluster without nodes; empty: none does.
 
     Tiers vote in turn: within one a refusal wins, and the plugin `sla` in an earlier one lets a gang in after a while.
     """
-    try:
-        config: Any = yaml.safe_load(text)
-        actions = [action.strip() for action in str(config["actions"]).split(",")]
-        tiers = [
-            [plugin["name"] for plugin in tier["plugins"] if plugin.get("enableJobEnqueued", True) is not False]
-            for tier in config["tiers"]
-        ]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return []  # not a configuration that the scheduler takes: it has one of its own then
-    if "enqueue" not in actions:
+    if "enqueue" not in config.actions:
         return []
     found: list[str] = []
-    for asked in tiers:
+    for tier in config.tiers:
+        asked = [plugin["name"] for plugin in tier if plugin.get("enableJobEnqueued", True) is not False]
         found += [name for name in asked if name in VOTERS]
         if "sla" in asked and not found:
             return []

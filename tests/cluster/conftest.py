@@ -1,4 +1,4 @@
-"""One plane for all tests of this folder, and a namespace for each."""
+"""One plane for all tests of a worker, and a namespace for each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from tests.cluster.plane import Plane, start_plane, until
 from tests.cluster.platform import Platform, make_platform
 
 HERE = Path(__file__).parent
+LONG = ("test_gang.py", "test_partial.py")  # first, so that no worker is left alone with them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here is marked `cluster`."""
+    """Everything here is marked `cluster`, and comes in an order that several workers can share."""
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.cluster)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.hookimpl(wrapper=True)

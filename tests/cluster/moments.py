@@ -72,7 +72,7 @@ class Start:
 
     @contextmanager
     def held(self, moment: Moment) -> Iterator[None]:
-        """The ranks stand still from the moment on, during the block.
+        """The ranks stand still from the moment on, during the block; after it uploads get through again.
 
         Raises:
             AssertionError: a rank has ended before.
@@ -86,6 +86,7 @@ class Start:
             yield
         finally:
             self._each(psutil.Process.resume)
+            self.platform.uploads.set()
 
     def noticed(self, moment: Moment, *nodes: int) -> Start:
         """The next start, after a notice to some nodes in a moment of this one."""
@@ -146,7 +147,7 @@ def past_a_checkpoint(start: Start) -> bool:
 
 
 def publishing(start: Start) -> bool:
-    """The final model is on its way to the bucket."""
+    """The final model is on its way to the bucket; for long enough to be seen where `uploads` are held back."""
     folder = start.platform.s3.root / start.platform.bucket / start.release.name
     return (folder / ".run.json.unfinished").exists() and not (folder / "run.json").exists()
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 NETWORKS = range(32)  # 10.77.N.0/24
+PORTS, PORTS_EACH = 20000, 64  # below those that kernels deal out by themselves
 
 
 @dataclass
@@ -39,6 +40,12 @@ class Network:
     def gateway(self) -> str:
         """This machine's address as pods see it."""
         return f"10.77.{self.number}.1"
+
+    def ports(self, *names: str) -> dict[str, int]:
+        """Loopback's ports for the programs of this network, by name: from a block that no other network looks at."""
+        block = range(PORTS + PORTS_EACH * self.number, PORTS + PORTS_EACH * (self.number + 1))
+        free = (port for port in block if _is_free(port))
+        return dict(zip(names, free, strict=False))
 
     @contextlib.contextmanager
     def address(self, first: int = 10) -> Iterator[str]:
@@ -119,6 +126,15 @@ def new_network() -> Iterator[Network]:
             yield network
             return
     raise RuntimeError(f"all {len(NETWORKS)} networks are in use: end a plane first (make cluster-down)")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what waits for its last packets is free
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return True
+    return False
 
 
 def end_with_parent() -> None:

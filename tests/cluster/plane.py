@@ -24,7 +24,7 @@ from tests.cluster.network import Network, new_network
 from tests.cluster.programs import Programs, binaries, custom_resource_definitions
 from tests.cluster.webhooks import ADMISSIONS, webhook_configuration
 from tests.process import scrubbed
-from tests.servers.server import free_port, serve
+from tests.servers.server import serve
 
 # The stock configuration of Volcano's chart, and the one that a cluster which scales from zero needs: with the
 # action `enqueue` a gang that finds no GPUs at all is refused before it has pods, so that nobody buys it nodes; with
@@ -70,12 +70,10 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
         RuntimeError: a program ended or was not ready in time (its log is in the message).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ports = {
-        name: free_port() for name in ("etcd", "etcd-peer", "apiserver", "controller-manager", "scheduler", "webhooks")
-    }
     check_machine()
     with ExitStack() as stack:
         network = stack.enter_context(new_network())
+        ports = network.ports("etcd", "etcd-peer", "apiserver", "controller-manager", "scheduler", "webhooks")
         names = ["localhost", "kubernetes.default.svc"]
         certificates = make_certificates(folder / "certs", ["127.0.0.1", network.gateway], names)
         token = secrets.token_hex(16)

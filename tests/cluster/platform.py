@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tests.cluster.helm import Release
 from tests.cluster.nodes import DRIVER
 from tests.cluster.plane import Plane, until
 from tests.e2e import traces
+from tests.servers.faults import fault_proxy
 from tests.servers.s3 import S3Server, s3_server
 
 FILE_SYSTEM = "fs-0123456789abcdef0"  # of values.yaml
@@ -30,6 +32,7 @@ class Platform:
     s3: S3Server
     bucket: str
     endpoint: str
+    uploads: threading.Event  # while it is not set, no final model gets through to the bucket
 
     def release(self, name: str, *, helm: str = "helm4", training: Object | None = None, **values: Any) -> Release:
         """A GRPO run of 3 nodes on the traces; `training` and `values` lie over what is said here."""
@@ -68,11 +71,22 @@ def make_platform(plane: Plane, namespace: str, model: Path, folder: Path) -> It
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
     apply_driver(plane, "File")
-    with s3_server(folder) as s3, plane.network.relay(int(s3.endpoint_url.rpartition(":")[2])) as address:
+    uploads = threading.Event()
+    uploads.set()
+
+    def plan(number: int, method: str, path: str) -> None:
+        if (method, path.rpartition("/")[2]) == ("PUT", "model.safetensors"):
+            uploads.wait()
+
+    with (
+        s3_server(folder) as s3,
+        fault_proxy(s3.endpoint_url, plan) as proxy,
+        plane.network.relay(int(proxy.endpoint_url.rpartition(":")[2])) as address,
+    ):
         bucket = s3.bucket("lake")
         s3.upload(traces.write_hive(folder / "lake", traces.learnable()), bucket, "traces")
         s3.upload(model, bucket, "model")
-        platform = Platform(plane, namespace, s3, bucket, f"http://{address}")
+        platform = Platform(plane, namespace, s3, bucket, f"http://{address}", uploads)
         apply_keys(platform)
         yield platform
         api.delete("namespaces", namespace)

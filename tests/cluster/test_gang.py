@@ -110,6 +110,7 @@ def test_notices_at_any_moment_cost_no_step(platform: Platform, straight: Releas
             start = start.noticed(training, number % 3)
         start = start.noticed(saving, 2)
         start = start.noticed(training, 0, 1)
+        platform.uploads.clear()
         start.noticed(publishing, 1)
         until_completed(release)
         # Volcano takes a pod that was deleted for one that failed, whatever it ended with: it begins once more.

@@ -11,7 +11,7 @@ import pytest
 from entrypoint import kubernetes
 from entrypoint.preflight import queue
 from entrypoint.preflight.__main__ import main
-from entrypoint.preflight.queue import voters_of
+from entrypoint.preflight.queue import read_config, voters_of
 from tests.servers.kubernetes import Reply, certificate, kubernetes_api, refusal
 
 QUEUE = "/apis/scheduling.volcano.sh/v1beta1/queues/training"
@@ -173,10 +173,24 @@ def test_a_scheduler_that_never_scales_from_zero_is_named_with_what_to_write(ans
         'cluster is now; write actions: "allocate, backfill", or enableJobEnqueued: false beside overcommit and '
         "proportion",
     )
-    answers[CONFIG] = {"data": {"volcano-scheduler.conf": STOCK.replace("enqueue, ", "")}}
-    assert ask()[1].endswith("; its scheduler can start from zero nodes")
     answers["/api/v1/namespaces/ours/configmaps/scheduler"] = {"data": {"volcano-scheduler.conf": STOCK}}
     assert "ConfigMap ours/scheduler: " in ask("--scheduler-config", "ours/scheduler")[1]
+
+
+def test_a_scheduler_that_deals_nodes_out_by_weight_is_warned_of(answers: Answers, ask: Ask) -> None:
+    from_zero = STOCK.replace("enqueue, ", "")
+    answers[QUEUE] = {"status": {"state": "Open"}}
+    answers[CONFIG] = {"data": {"volcano-scheduler.conf": from_zero}}
+    assert ask() == (
+        0,
+        "entrypoint: warning: ConfigMap volcano-system/volcano-scheduler-configmap: with the plugin proportion a run "
+        "that waits for nodes can keep another, whose nodes are there and paid for, from starting; write capacity in "
+        "its place where several run at once",
+    )
+    answers[CONFIG] = {"data": {"volcano-scheduler.conf": from_zero.replace("proportion", "capacity")}}
+    code, line = ask()
+    assert code == 0
+    assert line.endswith("; its scheduler can start from zero nodes")
 
 
 @pytest.mark.parametrize(
@@ -188,9 +202,16 @@ def test_a_scheduler_that_never_scales_from_zero_is_named_with_what_to_write(ans
         ("  - name: proportion", "  - name: capacity", ["overcommit", "capacity"]),
         ("  - name: priority", "  - name: sla", []),  # asked in an earlier tier: lets a gang in after its waiting time
         ("  - name: drf", "  - name: sla", ["overcommit", "proportion"]),  # beside those who refuse it has no say
-        ("tiers:", "tears:", []),  # no configuration at all
-        ("- plugins:\n  - name: priority", "- plugins\n  - name: priority", []),
     ],
 )
 def test_who_keeps_a_gang_out_of_an_empty_cluster(old: str, new: str, voters: list[str]) -> None:
-    assert voters_of(STOCK.replace(old, new) if old else STOCK) == voters
+    config = read_config(STOCK.replace(old, new) if old else STOCK)
+    assert config is not None
+    assert voters_of(config) == voters
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("tiers:", "tears:"), ("- plugins:\n  - name: priority", "- plugins\n  - name: priority")]
+)
+def test_what_the_scheduler_would_not_take_is_not_judged(old: str, new: str) -> None:
+    assert read_config(STOCK.replace(old, new)) is None
