@@ -67,7 +67,7 @@ cluster-down: setup ## End it.
 ##@ Check
 
 .PHONY: test
-test: lint typecheck schema-check tools chart-units pytest ## Everything that CI runs.
+test: lint typecheck schema-check tools chart-units pytest test-cluster ## Everything that CI runs.
 
 .PHONY: lint
 lint: setup ## Style and format.
