@@ -4,22 +4,38 @@
 {{- if .Capabilities.APIVersions.Has "apiregistration.k8s.io/v1" -}}
 {{- include "tuning.cluster.kinds" . -}}
 {{- include "tuning.cluster.subnet" . -}}
+{{- if and (or .Values.clusterChecks.enabled .Release.IsUpgrade) (include "tuning.cluster.answers" .) -}}
 {{- if .Values.clusterChecks.enabled -}}
-{{- if .Values.gang.slotLabel -}}
-{{- include "tuning.cluster.scheduler" . -}}
-{{- end -}}
-{{- if .Values.nodePool.create -}}
-{{- include "tuning.cluster.efa" . -}}
-{{- else -}}
-{{- include "tuning.cluster.slots" . -}}
-{{- end -}}
-{{- include "tuning.cluster.storage" . -}}
-{{- include "tuning.cluster.account" . -}}
+{{- include "tuning.cluster.objects" . -}}
 {{- end -}}
 {{- if .Release.IsUpgrade -}}
 {{- include "tuning.cluster.unchanged" . -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Not empty where lookups reach the cluster. A client's dry run, `helm template --validate` and Argo CD know its kinds,
+but each lookup of theirs comes back empty. Every namespace has the ConfigMap, but one that this install is to make. */}}
+{{- define "tuning.cluster.answers" -}}
+{{- if or (lookup "v1" "ConfigMap" .Release.Namespace "kube-root-ca.crt") (lookup "v1" "Namespace" "" "kube-system") -}}
+true
+{{- end -}}
+{{- end }}
+
+{{- define "tuning.cluster.objects" -}}
+{{- if .Values.gang.slotLabel -}}
+{{- include "tuning.cluster.scheduler" . -}}
+{{- end -}}
+{{- if .Values.nodePool.create -}}
+{{- include "tuning.cluster.efa" . -}}
+{{- include "tuning.cluster.nodeClass" . -}}
+{{- else -}}
+{{- include "tuning.cluster.slots" . -}}
+{{- end -}}
+{{- include "tuning.cluster.queue" . -}}
+{{- include "tuning.cluster.storage" . -}}
+{{- include "tuning.cluster.account" . -}}
 {{- end }}
 
 {{- define "tuning.cluster.kinds" -}}
@@ -43,62 +59,6 @@
 {{- define "tuning.cluster.subnet" -}}
 {{- if and (eq (include "tuning.storage.mode" .) "dynamic") (not (and .Values.storage.fsx.subnetId .Values.storage.fsx.securityGroupIds)) -}}
 {{- fail "storage.fsx: got no subnetId or no securityGroupIds, expected both to make a file system; give them, or storage.existingClaim" -}}
-{{- end -}}
-{{- end }}
-
-{{/* The action enqueue lets no pod be made before the cluster could hold the gang; with no pod no node is bought. */}}
-{{- define "tuning.cluster.scheduler" -}}
-{{- $found := lookup "v1" "ConfigMap" $.Values.clusterChecks.volcanoNamespace $.Values.clusterChecks.volcanoConfigMap -}}
-{{- $config := dig "data" "volcano-scheduler.conf" "" $found | fromYaml -}}
-{{- $votes := list -}}
-{{- $waits := false -}}
-{{- range $tier := get $config "tiers" | default list -}}
-{{- range $plugin := get $tier "plugins" | default list -}}
-{{- if ne (toString (get $plugin "enableJobEnqueued")) "false" -}}
-{{- if has $plugin.name (list "overcommit" "proportion" "capacity") -}}
-{{- $votes = append $votes $plugin.name -}}
-{{- else if and (eq $plugin.name "sla") (not $votes) -}}
-{{- $waits = true -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- if and (contains "enqueue" (get $config "actions" | toString)) $votes (not $waits) -}}
-{{- fail (printf "ConfigMap %s/%s: got actions %q with %s, which never let a gang start from zero nodes; write actions: \"allocate, backfill\", or enableJobEnqueued: false beside %s" $.Values.clusterChecks.volcanoNamespace $.Values.clusterChecks.volcanoConfigMap $config.actions (join ", " $votes) (join " and " $votes)) -}}
-{{- end -}}
-{{- end }}
-
-{{/* EFA's plugin tolerates no taint by itself; a node that never reports its devices is paid for and never used. */}}
-{{- define "tuning.cluster.efa" -}}
-{{- if ne (include "tuning.pod.efa" .) "0" -}}
-{{- range $set := (lookup "apps/v1" "DaemonSet" "" "").items -}}
-{{- range $taint := contains "efa-k8s-device-plugin" $set.metadata.name | ternary $.Values.nodePool.taints list -}}
-{{- $tolerated := eq $taint.effect "PreferNoSchedule" -}}
-{{- range dig "spec" "template" "spec" "tolerations" list $set -}}
-{{- $same := or (eq (get . "operator") "Exists") (eq (get . "value") (get $taint "value")) -}}
-{{- if and $same (has (get . "key") (list "" $taint.key)) (has (get . "effect") (list "" $taint.effect)) -}}
-{{- $tolerated = true -}}
-{{- end -}}
-{{- end -}}
-{{- if not $tolerated -}}
-{{- fail (printf "DaemonSet %s/%s: got no toleration of %s:%s (nodePool.taints), expected one: nodes would be bought and never report their EFA devices; give tolerations in the values of its chart" $set.metadata.namespace $set.metadata.name $taint.key $taint.effect) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- end }}
-
-{{/* A pool that is there gives nodes to slots only if it names their label. */}}
-{{- define "tuning.cluster.slots" -}}
-{{- $label := .Values.gang.slotLabel -}}
-{{- if and $label (.Capabilities.APIVersions.Has "karpenter.sh/v1/NodePool") -}}
-{{- $keys := list -}}
-{{- range (lookup "karpenter.sh/v1" "NodePool" "" "").items -}}
-{{- range .spec.template.spec.requirements -}}{{- $keys = append $keys .key -}}{{- end -}}
-{{- end -}}
-{{- if not (has $label $keys) -}}
-{{- fail (printf "gang.slotLabel: got %s, which no NodePool requires: the pods would wait for ever; add {key: %s, operator: Exists} to its requirements, or write slotLabel: \"\"" $label $label) -}}
-{{- end -}}
 {{- end -}}
 {{- end }}
 
@@ -144,6 +104,10 @@
 {{- range $key, $hash := include "tuning.frozen.values" . | fromJson -}}
 {{- if ne $hash (get $before $key | toString) -}}{{- $differ = append $differ $key -}}{{- end -}}
 {{- end -}}
-{{- fail (printf "upgrade: got another run than %s has (%s), expected the same: a Volcano Job, its queue and its storage can't be changed; install a new release with a name of its own" .Release.Name (join ", " $differ | default "the chart's version")) -}}
+{{- $keep := "" -}}
+{{- if and .Values.storage.keep (eq (include "tuning.storage.mode" .) "dynamic") (has "storage" $differ) -}}
+{{- $keep = printf "; to keep its file system, kubectl -n %s get pvc %s -o jsonpath='{.spec.volumeName}', then kubectl patch pv THAT_NAME -p '{\"spec\": {\"persistentVolumeReclaimPolicy\": \"Retain\"}}'" .Release.Namespace .Release.Name -}}
+{{- end -}}
+{{- fail (printf "upgrade: got another run than %s has (%s), expected the same: a Volcano Job, its queue and its storage can't be changed; install a new release with a name of its own%s" .Release.Name (join ", " $differ | default "the chart's version") $keep) -}}
 {{- end -}}
 {{- end }}

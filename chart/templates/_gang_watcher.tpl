@@ -30,8 +30,7 @@ podFailurePolicy:
     - action: FailJob # it can't work
       onExitCodes: {operator: In, values: [64]}
 template:
-  metadata:
-    labels: {{- include "tuning.watcher.selector" . | nindent 6 }}
+  metadata: {{- include "tuning.pod.metadata" (dict "root" . "component" "gang-watcher") | nindent 4 }}
   spec:
     serviceAccountName: {{ include "tuning.watcher.name" . | quote }}
     {{- include "tuning.pod.security" . | nindent 4 }}
@@ -50,7 +49,7 @@ template:
           - --retries={{ int .Values.gang.retries }}
         terminationMessagePolicy: FallbackToLogsOnError
         resources:
-          requests: {cpu: 10m, memory: 64Mi}
-          limits: {memory: 128Mi}
+          requests: {{- toYaml .Values.gang.watcherResources.requests | nindent 12 }}
+          limits: {{- toYaml .Values.gang.watcherResources.limits | nindent 12 }}
         securityContext: {{- include "tuning.container.security" . | nindent 10 }}
 {{- end }}

@@ -28,7 +28,7 @@ whether the API server too}. EFA does not pass through the network that policies
     - {port: 443, protocol: TCP}
 {{- end }}
 {{- range compact (list (dig "data" "endpoint_url" "" $training) (dig "tracking" "mlflow_uri" "" $training)) }}
-{{- if regexMatch "^https?://" . }}
+{{- if and (regexMatch "^https?://" .) (ne (include "tuning.network.port" .) "443") }}
 - ports:
     - {port: {{ include "tuning.network.port" . }}, protocol: TCP}
 {{- end }}

@@ -2,16 +2,7 @@
 {{- define "tuning.pod" -}}
 {{- $root := .root -}}
 {{- $values := $root.Values -}}
-metadata:
-  labels:
-    {{- include "tuning.selector" $root | nindent 4 }}
-    app.kubernetes.io/component: trainer
-    {{- if $values.podLabels }}
-    {{- toYaml $values.podLabels | nindent 4 }}
-    {{- end }}
-  {{- if $values.podAnnotations }}
-  annotations: {{- toYaml $values.podAnnotations | nindent 4 }}
-  {{- end }}
+metadata: {{- include "tuning.pod.metadata" (dict "root" $root "component" "trainer") | nindent 2 }}
 spec:
   {{- include "tuning.pod.identity" $root | nindent 2 }}
   automountServiceAccountToken: false
@@ -42,6 +33,7 @@ spec:
       resources:
         requests: {{- include "tuning.pod.resources" $root | nindent 10 }}
         limits: {{- include "tuning.pod.resources" $root | nindent 10 }}
+      terminationMessagePolicy: FallbackToLogsOnError
       securityContext: {{- include "tuning.container.security" $root | nindent 8 }}
       volumeMounts: {{- include "tuning.pod.mounts" $root | nindent 8 }}
         - name: shm
@@ -51,6 +43,19 @@ spec:
       emptyDir:
         medium: Memory
         sizeLimit: {{ int $values.resources.sharedMemoryGiB }}Gi
+{{- end }}
+
+{{/* What pods are found by; takes {root, component}. */}}
+{{- define "tuning.pod.metadata" -}}
+labels:
+  {{- include "tuning.selector" .root | nindent 2 }}
+  app.kubernetes.io/component: {{ .component }}
+  {{- if .root.Values.podLabels }}
+  {{- toYaml .root.Values.podLabels | nindent 2 }}
+  {{- end }}
+{{- if .root.Values.podAnnotations }}
+annotations: {{- toYaml .root.Values.podAnnotations | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{/* Who a pod is. */}}
@@ -150,7 +155,7 @@ fitted beside another that waits, and no node is made. */}}
 - {name: RESTART_COUNT, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['volcano.sh/job-retry-count']"}}}
 {{- if $gpus }}
 - {name: NCCL_DEBUG, value: WARN}
-- {name: NCCL_SOCKET_IFNAME, value: "^lo,docker,veth"}
+- {name: NCCL_SOCKET_IFNAME, value: eth0}
 - {name: TORCH_NCCL_ASYNC_ERROR_HANDLING, value: "1"}
 - {name: TORCH_NCCL_DUMP_ON_TIMEOUT, value: "1"}
 - {name: TORCH_FR_BUFFER_SIZE, value: "20000"}

@@ -10,10 +10,7 @@ backoffLimit: 0
 # Later than its own, by what an image may take to be pulled: pods of a Job that is past this are gone, and their log.
 activeDeadlineSeconds: {{ add (int $root.Values.preflight.deadlineSeconds) 50 }}
 template:
-  metadata:
-    labels:
-      {{- include "tuning.selector" $root | nindent 6 }}
-      app.kubernetes.io/component: preflight
+  metadata: {{- include "tuning.pod.metadata" (dict "root" $root "component" "preflight") | nindent 4 }}
   spec:
     {{- include "tuning.pod.identity" $root | nindent 4 }}
     automountServiceAccountToken: {{ .queue }}

@@ -24,7 +24,6 @@ def frozen(*settings: str) -> str:
         "nodePool.consolidateAfter=12m",
         "nodePool.capacityTypes={spot,on-demand}",
         "cost.hours.high=9",
-        "storage.keep=true",
         "preflight.checks={data}",
     ],
 )
@@ -40,6 +39,7 @@ def test_what_is_not_the_jobs_may_change(setting: str) -> None:
         "image.tag=1.2.3",
         "queue.weight=2",
         "storage.fsx.capacityGiB=7200",
+        "storage.keep=true",
         "gang.maxRetry=50",
         "nodePool.instanceTypes={p5.48xlarge}",
         "podLabels.team=research",
