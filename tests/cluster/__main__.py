@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tests.cluster.container import tail
 from tests.cluster.machine import MachineError, check_machine
 from tests.cluster.plane import start_plane
 from tests.process import ROOT
+from tests.servers.server import tail
 
 FOLDER = ROOT / "out" / "cluster"
 PID = FOLDER / "pid"

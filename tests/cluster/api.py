@@ -40,6 +40,7 @@ class Api:
         self._tls = ssl.create_default_context(cafile=str(authority))
         self._local = threading.local()
         self._versions: dict[str, str] = {}
+        self._resources: dict[tuple[str, str], tuple[str, bool]] = {}
 
     @classmethod
     def of(cls, kubeconfig: Path) -> Api:
@@ -125,7 +126,7 @@ class Api:
         self.delete(resource, manifest["metadata"]["name"], place)
 
     def follow(self, resource: str) -> Iterator[tuple[str, Object]]:
-        """ADDED, MODIFIED and DELETED of all objects of a resource for ever, whatever happens to the connection."""
+        """ADDED, MODIFIED and DELETED of all objects of a resource for ever, whatever becomes of one answer."""
         known: dict[str, Object] = {}
         while True:
             try:
@@ -145,8 +146,9 @@ class Api:
                     else:
                         known[item["metadata"]["uid"]] = item
                     yield event["type"], item
-            except (OSError, http.client.HTTPException):
-                threading.Event().wait(0.5)  # the server is starting or ending
+            except (OSError, http.client.HTTPException, ApiError, ValueError) as error:  # ValueError: half a line
+                print(f"{resource}: {error!r}; listed again", flush=True)
+                threading.Event().wait(0.5)  # the server is starting or ending, or too busy
 
     def path(self, resource: str, namespace: str | None = None, name: str = "", sub: str = "") -> str:
         """The URL path of a resource, of an object, or of an object's subresource."""
@@ -200,6 +202,8 @@ class Api:
         with contextlib.closing(self._connect(WATCH_SECONDS + 30)) as connection:
             connection.request("GET", self.path(resource) + query, headers=self._headers)
             answer = connection.getresponse()
+            if answer.status != 200:
+                raise ApiError(answer.status, answer.read().decode(errors="replace"))
             while line := answer.readline():
                 yield json.loads(line)
 
@@ -213,12 +217,15 @@ class Api:
 
     def _resource(self, version: str, kind: str) -> tuple[str, bool]:
         """(resource, namespaced) of a manifest's apiVersion and kind."""
-        group = version.partition("/")[0] if "/" in version else ""
-        listed = self.request("GET", f"/apis/{version}" if group else f"/api/{version}")["resources"]
-        for found in listed:
-            if found["kind"] == kind and "/" not in found["name"]:
-                return f"{found['name']}.{group}" if group else found["name"], found["namespaced"]
-        raise ApiError(404, f"no kind {kind} in {version}")
+        if (version, kind) not in self._resources:
+            group = version.partition("/")[0] if "/" in version else ""
+            for found in self.request("GET", f"/apis/{version}" if group else f"/api/{version}")["resources"]:
+                if "/" not in found["name"]:
+                    name = f"{found['name']}.{group}" if group else found["name"]
+                    self._resources[version, found["kind"]] = (name, found["namespaced"])
+        if (version, kind) not in self._resources:
+            raise ApiError(404, f"no kind {kind} in {version}")
+        return self._resources[version, kind]
 
 
 def _query(**parameters: str) -> str:

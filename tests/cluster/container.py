@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.api import Object
-from tests.cluster.network import end_with_parent
 from tests.process import ROOT, scrubbed
+from tests.servers.server import end_with_parent, tail
 
 # What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
 IMAGE = (str(ROOT), sys.base_prefix)
@@ -29,6 +29,7 @@ IMAGE_ENVIRONMENT = {
 IMAGE_USER = 1000
 IMAGE_DIRECTORY = "/tmp"
 
+PID_FILE = "pid"  # in a container's folder: its process number 1
 MESSAGE_BYTES, MESSAGE_LINES = 2048, 80  # what a kubelet takes of a log as termination message
 
 
@@ -137,7 +138,7 @@ class Container:
 
     @property
     def _pid_file(self) -> Path:
-        return self.folder / "pid"
+        return self.folder / PID_FILE
 
     def _message(self) -> str:
         own = (self.folder / "message").read_text(errors="replace")[-MESSAGE_BYTES:]
@@ -157,11 +158,6 @@ def identity(pod: Object, container: Object) -> dict[str, Any]:
         "read_only_root": context.get("readOnlyRootFilesystem", False),
         "no_new_privileges": context.get("allowPrivilegeEscalation") is False,
     }
-
-
-def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a log."""
-    return log.read_text(errors="replace").splitlines()[-lines:] if log.exists() else []
 
 
 def now() -> str:

@@ -33,7 +33,7 @@ def main(path: str) -> int:
     child = os.fork()
     if child == 0:
         try:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            _end_with_parent()
             _become(spec)
         except BaseException as error:
             print(f"the container could not start: {error}", flush=True)
@@ -62,6 +62,7 @@ def _become(spec: dict[str, Any]) -> None:
     os.setgroups(spec["groups"])
     os.setgid(spec["group"])
     os.setuid(spec["user"])  # from root to another: every capability is gone
+    _end_with_parent()  # again: the kernel forgets it with the user
     if spec["no_new_privileges"]:
         _checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     for number in range(1, signal.NSIG):
@@ -132,6 +133,10 @@ def _bind(source: str, target: str, *, read_only: bool = False) -> None:
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     words = [None if word is None else os.fsencode(word) for word in (source, target, kind, data)]
     _checked(libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]), target)
+
+
+def _end_with_parent() -> None:
+    _checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 def _checked(result: int, what: str = "") -> None:

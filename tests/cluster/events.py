@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cluster.container import tail
 from tests.cluster.plane import Plane
+from tests.servers.server import tail
 
 EVENTS, LINES = 40, 15
 

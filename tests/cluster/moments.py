@@ -19,6 +19,7 @@ from tests.cluster.api import Object
 from tests.cluster.helm import Release, metrics, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform
+from tests.cluster.pod import first_process
 
 PATIENCE = 420  # seconds for three processes that import torch on a busy machine
 TICK = 0.002  # seconds between two looks at a run's files
@@ -167,8 +168,7 @@ def _story(platform: Platform, release: Release) -> bytes:
 
 def _ranks(release: Release, pod: Object) -> list[psutil.Process]:
     """The processes that the launcher of a pod has started as ranks."""
-    file = release.plane.folder / "run" / pod["metadata"]["uid"] / "trainer" / "pid"
-    with suppress(OSError, ValueError, psutil.Error):
-        children = psutil.Process(int(file.read_text())).children()
-        return [child for child in children if "RANK" in child.environ()]
+    launcher = first_process(release.plane.folder, pod, "trainer")
+    with suppress(psutil.Error):
+        return [child for child in (launcher.children() if launcher else []) if "RANK" in child.environ()]
     return []

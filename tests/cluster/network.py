@@ -6,10 +6,8 @@ Nothing is routed: a pod reaches the other pods and what is relayed, and no name
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -17,7 +15,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+from tests.servers.server import end_with_parent
+
 NETWORKS = range(32)  # 10.77.N.0/24
 PORTS, PORTS_EACH = 20000, 64  # below those that kernels deal out by themselves
 
@@ -73,7 +72,7 @@ class Network:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-        outer = f"{self.bridge}-{address.rpartition('.')[2]}"
+        outer = self._link(address)
         try:
             _until_unshared(holder.pid)
             _ip(
@@ -89,6 +88,13 @@ class Network:
             subprocess.run(["ip", "link", "del", outer], stderr=subprocess.DEVNULL, check=False)
             holder.kill()
             holder.wait()
+
+    def cut(self, address: str) -> None:
+        """Nothing gets in or out of the sandbox of an address any more, not even its kernel's goodbyes."""
+        _ip(f"link set {self._link(address)} down")
+
+    def _link(self, address: str) -> str:
+        return f"{self.bridge}-{address.rpartition('.')[2]}"
 
     @contextlib.contextmanager
     def relay(self, port: int) -> Iterator[str]:
@@ -135,11 +141,6 @@ def _is_free(port: int) -> bool:
             probe.bind(("127.0.0.1", port))
             return True
     return False
-
-
-def end_with_parent() -> None:
-    """For `preexec_fn`: the child is killed when the thread that starts it ends, so that nothing is left behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _until_unshared(pid: int) -> None:

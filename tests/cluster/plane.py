@@ -87,7 +87,8 @@ def start_plane(folder: Path, *, actions: str = FROM_ZERO) -> Iterator[Plane]:
         plane = Plane(folder, kubeconfig, api, network, karpenter)
 
         def start(name: str, command: list[str], ready: Ready) -> None:
-            stack.enter_context(serve(command, env=scrubbed(), log=folder / f"{name}.log", ready=ready, timeout=120))
+            env = scrubbed({"DEBUG_SOCKET_DIR": str(folder)})  # Volcano's scheduler leaves a socket in /tmp otherwise
+            stack.enter_context(serve(command, env=env, log=folder / f"{name}.log", ready=ready, timeout=120))
 
         start("etcd", programs.etcd(), _listens(ports["etcd"]))
         definitions = list(custom_resource_definitions())  # read while the API server starts

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import psutil
+
 from tests.cluster.api import Api, ApiError, Object
-from tests.cluster.container import IMAGE_ENVIRONMENT, Container, Mount, now
+from tests.cluster.container import IMAGE_ENVIRONMENT, PID_FILE, Container, Mount, now
 from tests.cluster.environment import environment, expand
 from tests.cluster.hosts import Hosts
 from tests.cluster.network import Network
@@ -20,6 +25,7 @@ from tests.cluster.volumes import Volumes
 
 POLL = 0.05  # seconds between two looks at the processes
 RESTART_DELAY = 5.0  # a kubelet's first back-off is 10
+AGAIN = 0.5  # seconds until the API server is told once more what it did not take
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Pod(threading.Thread):
         self.machine, self.pod = machine, pod
         self.namespace = pod["metadata"]["namespace"]
         self.node = pod["spec"]["nodeName"]
-        self._folder = machine.folder / "run" / pod["metadata"]["uid"]
+        self._folder = _folder(machine.folder, pod)
         self._inits = self._containers("initContainers")
         self._mains = self._containers("containers")
         self._start_time = now()
@@ -81,6 +87,7 @@ class Pod(threading.Thread):
                 try:
                     self._live(sandbox)
                 finally:
+                    _signal([*self._inits, *self._mains], signal.SIGKILL)  # after an error some may be left
                     self._volumes().release()
         except Stopped:
             self._report("Failed")
@@ -91,9 +98,8 @@ class Pod(threading.Thread):
             shutil.rmtree(self._folder, ignore_errors=True)
         while self._deadline is None:
             time.sleep(POLL)  # an ended pod stays until somebody deletes it
-        if not self._silent:
-            options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.pod["metadata"]["uid"]}}
-            self.machine.api.delete("pods", self.name, self.namespace, **options)
+        options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.pod["metadata"]["uid"]}}
+        self._tell(partial(self.machine.api.delete, "pods", self.name, self.namespace, **options))
 
     def _live(self, sandbox: int) -> None:
         self._report("Pending")
@@ -110,7 +116,8 @@ class Pod(threading.Thread):
         self._report("Running")
         self._until_ended(self._mains, sandbox, folders)
         codes = {container.spec["name"]: container.code for container in self._mains}
-        print(f"{self.namespace}/{self.name} ended: {codes}", flush=True)
+        if not self._silent:
+            print(f"{self.namespace}/{self.name} ended: {codes}", flush=True)
         self._report("Failed" if any(codes.values()) else "Succeeded")
 
     def _start(self, container: Container, sandbox: int, folders: Mapping[str, Path]) -> None:
@@ -145,6 +152,8 @@ class Pod(threading.Thread):
                     _signal(containers, signal.SIGTERM)
                 told = True
                 if time.monotonic() >= self._deadline:
+                    if self._silent:
+                        self.machine.network.cut(self._address)  # first: a dead machine closes no connection
                     _signal(containers, signal.SIGKILL)
             for container in containers if self._deadline is None else []:
                 name = container.spec["name"]
@@ -164,8 +173,6 @@ class Pod(threading.Thread):
         return container.code is not None and (policy == "Always" or (policy == "OnFailure" and container.code != 0))
 
     def _report(self, phase: str, *, reason: str = "", message: str = "") -> None:
-        if self._silent:
-            return
         ready = "True" if phase == "Running" else "False"
         initialized = "True" if all(container.code == 0 for container in self._inits) else "False"
         conditions = {"Initialized": initialized, "ContainersReady": ready, "Ready": ready}
@@ -184,11 +191,22 @@ class Pod(threading.Thread):
             "message": message or None,
         }
         body = {"metadata": {"uid": self.pod["metadata"]["uid"]}, "status": status}
-        try:
-            self.machine.api.patch("pods", self.name, body, self.namespace, sub="status", strategic=True)
-        except ApiError as error:
-            if error.status not in (404, 409):  # gone, or another pod of that name
-                raise
+        patch = partial(self.machine.api.patch, sub="status", strategic=True)
+        self._tell(partial(patch, "pods", self.name, body, self.namespace))
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        """Once the API server takes it: one that is busy, or away, is told again; nothing where the machine died."""
+        while not self._silent:
+            try:
+                call()
+                return
+            except (ApiError, OSError, http.client.HTTPException) as error:
+                if isinstance(error, ApiError) and error.status < 500:
+                    if error.status in (404, 409):  # gone, or another pod of that name
+                        return
+                    raise
+                print(f"{self.namespace}/{self.name}: {error!r}; told again", flush=True)
+                time.sleep(AGAIN)
 
     def _containers(self, kind: str) -> list[Container]:
         logs = self.machine.logs(self.pod)
@@ -212,6 +230,17 @@ class Pod(threading.Thread):
             time.sleep(0.2)
         data = (found or {}).get("data", {})
         return {key: base64.b64decode(text) if kind == "secrets" else text.encode() for key, text in data.items()}
+
+
+def first_process(plane: Path, pod: Object, container: str) -> psutil.Process | None:
+    """Process number 1 of a container as this machine sees it; None where there is none. `plane` is its folder."""
+    with suppress(OSError, ValueError, psutil.Error):
+        return psutil.Process(int((_folder(plane, pod) / container / PID_FILE).read_text()))
+    return None
+
+
+def _folder(plane: Path, pod: Object) -> Path:
+    return plane / "run" / str(pod["metadata"]["uid"])
 
 
 def _signal(containers: list[Container], number: int) -> None:

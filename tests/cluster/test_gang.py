@@ -150,6 +150,9 @@ def test_a_node_that_dies_without_a_word_is_replaced(platform: Platform, straigh
         Start.of(platform, release)
         print(f"death to gang: {seconds_since(begun)}")
         until_completed(release)
+    # The others waited for it in a collective; they left by themselves, once they were told that the gang restarts.
+    assert exit_codes(release) == [76, 76, 0, 0, 0]
+    assert all("nothing was heard of rank 1" in start.log(node) for node in (0, 2))
     assert sorted(set(steps(platform, "dies"))) == list(range(1, STEPS + 1))
     assert 1 <= story(platform, "dies")["steps_repeated"] <= 2 * SAVE_EVERY  # one may have been under way
     assert_same_weights(platform, "dies", share=1e-6)

@@ -42,7 +42,7 @@ def serve(
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
     try:
         _await(child, ready, timeout, log)
@@ -51,8 +51,8 @@ def serve(
         _end(child)
 
 
-def _end_with_parent() -> None:
-    """In the child, before it becomes the server: a test run that is killed leaves no server behind (Linux only)."""
+def end_with_parent() -> None:
+    """For `preexec_fn`: the child ends with the thread that starts it, so that none is left behind (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -60,10 +60,10 @@ def _end_with_parent() -> None:
 def _await(child: subprocess.Popen[bytes], ready: Probe, timeout: float, log: Path) -> None:
     deadline = time.monotonic() + timeout
     while not ready():
-        if child.poll() is not None:
-            raise RuntimeError(f"{child.args!r} ended with {child.returncode}:\n{_tail(log)}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{child.args!r} did not answer within {timeout:.0f} s:\n{_tail(log)}")
+        ended = f"ended with {child.returncode}" if child.poll() is not None else ""
+        if ended or time.monotonic() > deadline:
+            said = "\n".join(tail(log))
+            raise RuntimeError(f"{child.args!r} {ended or f'did not answer within {timeout:.0f} s'}:\n{said}")
         time.sleep(0.02)
 
 
@@ -78,5 +78,6 @@ def _end(child: subprocess.Popen[bytes], grace: float = 5.0) -> None:
     child.wait()
 
 
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def tail(log: Path, lines: int = 40) -> list[str]:
+    """The last lines of a log."""
+    return log.read_text(errors="replace").splitlines()[-lines:] if log.exists() else []
