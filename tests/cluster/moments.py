@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release, metrics, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform
+from tests.cluster.release import Release, metrics, seconds_since
 
 PATIENCE = 420  # seconds for three processes that import torch on a busy machine
 TICK = 0.002  # seconds between two looks at a run's files

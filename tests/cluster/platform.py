@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release
 from tests.cluster.nodes import DRIVER
 from tests.cluster.plane import Plane, until
+from tests.cluster.release import Release
 from tests.e2e import traces
 from tests.servers.faults import fault_proxy
 from tests.servers.s3 import S3Server, s3_server
