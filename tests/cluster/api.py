@@ -80,8 +80,8 @@ class Api:
 
     def list_names(self, resource: str) -> list[Object]:
         """The metadata alone of all objects of a resource."""
-        found: list[Object] = self.request("GET", self.path(resource), accept=METADATA)["items"]
-        return found
+        found: list[Object] | None = self.request("GET", self.path(resource), accept=METADATA)["items"]
+        return found or []
 
     def create(
         self, resource: str, body: Object, namespace: str | None = None, *, sub: tuple[str, str] = ("", "")
