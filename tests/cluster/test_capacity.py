@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import SLEEP, Platform, instead_of_training
+from tests.cluster.release import Release, seconds_since
 
 PATIENCE = 180
 
