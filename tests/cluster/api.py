@@ -71,17 +71,17 @@ class Api:
                 return None
             raise
 
+    def list_names(self, resource: str) -> list[Object]:
+        """The metadata alone of all objects of a resource."""
+        found: list[Object] | None = self.request("GET", self.path(resource), accept=METADATA)["items"]
+        return found or []
+
     def list(self, resource: str, namespace: str | None = None, labels: str = "") -> list[Object]:
         """All objects of a resource, of one namespace or of all."""
         found: list[Object] = self.request("GET", self.path(resource, namespace) + _query(labelSelector=labels))[
             "items"
         ]
         return found
-
-    def list_names(self, resource: str) -> list[Object]:
-        """The metadata alone of all objects of a resource."""
-        found: list[Object] | None = self.request("GET", self.path(resource), accept=METADATA)["items"]
-        return found or []
 
     def create(
         self, resource: str, body: Object, namespace: str | None = None, *, sub: tuple[str, str] = ("", "")
