@@ -143,7 +143,7 @@ def _define(api: Api, definitions: list[Object]) -> None:
 
 
 def until(condition: Callable[[], object], seconds: float, what: str, *, every: float = 0.1) -> None:
-    """Wait until `condition()` is true; look `every` so many seconds.
+    """Wait until `condition()` is true, with a look `every` so many seconds.
 
     Raises:
         TimeoutError: it was not within `seconds`; the message names `what`.
