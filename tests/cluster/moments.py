@@ -66,9 +66,7 @@ class Start:
 
     def log(self, node: int) -> str:
         """What the pod of a node has written so far."""
-        metadata = self.pods[node]["metadata"]
-        folder = f"pods/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
-        return (self.release.plane.folder / folder / "trainer.log").read_text(errors="replace")
+        return self.release.log(self.pods[node])
 
     @contextmanager
     def held(self, moment: Moment) -> Iterator[None]:

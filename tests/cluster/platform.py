@@ -133,3 +133,9 @@ def instead_of_training(platform: Platform, name: str, program: str) -> Object:
 
 
 SLEEP = "print('asleep', flush=True); time.sleep(3600)"
+
+
+def asleep(release: Release) -> bool:
+    """Whether every pod of a release has come to SLEEP."""
+    # One that is told to end before takes its whole grace: process 1 gets no signal that it does not catch.
+    return release.running() and all("asleep" in release.log(pod) for pod in release.pods)

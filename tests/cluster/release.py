@@ -111,6 +111,12 @@ class Release:
         found = (self.plane.folder / "pods" / self.namespace).glob(f"{self.name}-node*/*.log")
         return "\n".join(file.read_text(errors="replace") for file in sorted(found, key=_age))
 
+    def log(self, pod: Object) -> str:
+        """What a pod of the gang has written so far."""
+        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+        file = self.plane.folder / "pods" / self.namespace / f"{name}-{uid[:8]}" / "trainer.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
     def _values(self) -> list[str]:
         file = self.plane.folder / f"values-{self.namespace}-{self.name}.yaml"
         file.write_text(yaml.safe_dump(dict(self.values)))

@@ -14,8 +14,8 @@ from tests.chart.helm import template
 from tests.cluster.api import ApiError
 from tests.cluster.counts import INSTALLS, SERIES
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
-from tests.cluster.platform import SLEEP, Platform, apply_driver, instead_of_training
-from tests.cluster.release import Release, seconds_since
+from tests.cluster.platform import SLEEP, Platform, apply_driver, asleep, instead_of_training
+from tests.cluster.release import seconds_since
 from tests.cluster.snapshot import before_a_release, everything, until_as_before
 from tests.process import ROOT
 
@@ -40,7 +40,6 @@ def test_every_install_works_and_every_uninstall_leaves_what_was_there(
             done = release.install()
             assert done.returncode == 0, done.stderr
             print(f"{helm} install: {seconds_since(begun)}")
-            # Process 1 gets no signal that it does not catch: a pod told to end before it does takes its whole grace.
             until(partial(asleep, release), 120, "the gang runs")
             begun = time.monotonic()
             done = release.uninstall()
@@ -54,15 +53,10 @@ def neighbour(platform: Platform, values: dict[str, Any]) -> Iterator[None]:
     """Another run, on nodes of its own and in a queue of its own, all the while."""
     release = platform.release("neighbour", **values)
     with release.installed():
-        until(release.running, 120, "the neighbour runs")
+        until(partial(asleep, release), 120, "the neighbour runs")
         pods = [pod["metadata"]["uid"] for pod in release.pods]
         yield
         assert [pod["metadata"]["uid"] for pod in release.pods] == pods
-
-
-def asleep(release: Release) -> bool:
-    """Whether all three programs run."""
-    return release.logs().count("asleep") == 3
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from tests.cluster.counts import LATER
 from tests.cluster.moments import Start, exit_codes
 from tests.cluster.plane import until
-from tests.cluster.platform import SLEEP, Platform, apply_keys, instead_of_training
+from tests.cluster.platform import SLEEP, Platform, apply_keys, asleep, instead_of_training
 from tests.cluster.release import ONGOING, Release, until_completed
 from tests.cluster.snapshot import before_a_release, everything, until_as_before
 
@@ -63,7 +64,7 @@ def test_an_upgrade_that_would_change_the_run_is_refused_in_words(platform: Plat
     everything_before = before_a_release(platform.plane)
     release = platform.release("frozen", helm="helm3", **values)
     with release.installed():
-        until(release.running, PATIENCE, "the gang runs")
+        until(partial(asleep, release), PATIENCE, "the gang runs")
         before = [pod["metadata"]["uid"] for pod in release.pods]
         done = release.upgrade("--set-json", "training.train.learning_rate=0.00001")
         assert done.returncode != 0
@@ -90,7 +91,7 @@ def test_a_claim_stays_where_that_is_asked_for_and_is_taken_up_again(platform: P
     try:
         for _ in range(2):
             with release.installed():
-                until(release.running, PATIENCE, "the run runs")
+                until(partial(asleep, release), PATIENCE, "the run runs")
             until_as_before(platform.plane, before | kept, PATIENCE)
             claim = platform.plane.api.get("persistentvolumeclaims", "kept", platform.namespace)
             assert claim["status"]["phase"] == "Bound"
@@ -105,7 +106,7 @@ def test_two_releases_touch_each_other_in_nothing(platform: Platform) -> None:
     first, second = (platform.release(name, **values, nodes=2) for name in ("first", "second"))
     with first.installed(), second.installed():
         for release in (first, second):
-            until(release.running, PATIENCE, f"{release.name} runs")
+            until(partial(asleep, release), PATIENCE, f"{release.name} runs")
         nodes = {release.name: {pod["spec"]["nodeName"] for pod in release.pods} for release in (first, second)}
         assert not nodes["first"] & nodes["second"]
         before = [pod["metadata"]["uid"] for pod in second.pods]
@@ -131,7 +132,7 @@ def test_releases_of_one_name_in_two_namespaces_are_two(platform: Platform, name
     with second.installed():
         with first.installed():
             for release in releases:
-                until(release.running, PATIENCE, f"{release.namespace}'s runs")
+                until(partial(asleep, release), PATIENCE, f"{release.namespace}'s runs")
             nodes = [{pod["spec"]["nodeName"] for pod in release.pods} for release in releases]
             assert not nodes[0] & nodes[1]
             before = {name for name in everything(platform.plane) if "same" in name and namespace in name}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tests.cluster.api import Api
 from tests.cluster.plane import Plane, until
-from tests.cluster.platform import SLEEP, Platform, instead_of_training
+from tests.cluster.platform import SLEEP, Platform, asleep, instead_of_training
 
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
 # What every account may do, by roles that Kubernetes itself binds: ask about itself.
@@ -20,7 +21,7 @@ EVERYBODY = {
 def test_the_trainers_account_may_do_nothing_once_it_runs(platform: Platform) -> None:
     release = platform.release("account", **instead_of_training(platform, "account", SLEEP))
     with release.installed():
-        until(release.running, 180, "the gang runs")
+        until(partial(asleep, release), 180, "the gang runs")
         assert all(pod["spec"]["automountServiceAccountToken"] is False for pod in release.pods)
         token = account_token(platform.plane, platform.namespace, "account")
         assert allowed(platform.plane.api.with_token(token), platform.namespace) == set()
