@@ -52,13 +52,13 @@ def run(
     )
 
 
-def template(helm: str, *arguments: str | Path) -> list[dict[str, Any]]:
-    """The objects of release `run-042`, hooks included.
+def template(helm: str, *arguments: str | Path, name: str = "run-042") -> list[dict[str, Any]]:
+    """The objects of a release, hooks included.
 
     Raises:
         AssertionError: Helm refused; its message is in it.
     """
-    done = run(helm, "template", "run-042", CHART, *arguments)
+    done = run(helm, "template", name, CHART, *arguments)
     assert done.returncode == 0, done.stderr
     return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]
 

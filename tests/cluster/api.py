@@ -17,6 +17,7 @@ import yaml
 Object = dict[str, Any]
 
 FIELD_MANAGER = "tests"
+METADATA = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"
 TRIES = 60  # half a second apart, where the server says to try again
 WATCH_SECONDS = 240  # a watch is begun anew after this time; a silent connection is given up a little later
 
@@ -36,7 +37,7 @@ class Api:
     def __init__(self, server: str, token: str, authority: Path) -> None:
         self.server = server
         self.authority = authority
-        self._headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
+        self._headers = {"Authorization": f"Bearer {token}"}
         self._tls = ssl.create_default_context(cafile=str(authority))
         self._local = threading.local()
         self._versions: dict[str, str] = {}
@@ -70,6 +71,11 @@ class Api:
             if error.status == 404:
                 return None
             raise
+
+    def list_names(self, resource: str) -> list[Object]:
+        """The metadata alone of all objects of a resource."""
+        found: list[Object] | None = self.request("GET", self.path(resource), accept=METADATA)["items"]
+        return found or []
 
     def list(self, resource: str, namespace: str | None = None, labels: str = "") -> list[Object]:
         """All objects of a resource, of one namespace or of all."""
@@ -157,14 +163,22 @@ class Api:
         place = f"/namespaces/{namespace}" if namespace and plural != "namespaces" else ""
         return base + place + f"/{plural}" + (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
 
-    def request(self, method: str, path: str, body: Object | None = None, kind: str = "application/json") -> Any:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Object | None = None,
+        kind: str = "application/json",
+        *,
+        accept: str = "application/json",
+    ) -> Any:
         """One call; the answer's JSON, or its text where it is none.
 
         Raises:
             ApiError: the server refused.
         """
         payload = None if body is None else json.dumps(body).encode()
-        headers = {**self._headers, **({"Content-Type": kind} if payload else {})}
+        headers = {**self._headers, "Accept": accept, **({"Content-Type": kind} if payload else {})}
         for _ in range(TRIES):
             try:
                 status, content = self._exchange(method, path, payload, headers)

@@ -34,7 +34,7 @@ def pytest_runtest_makereport(
     """A failed test also prints the events, the pods' last lines and where the logs are."""
     report = yield
     plane = getattr(item, "funcargs", {}).get("plane")
-    if report.when == "call" and report.failed and plane is not None:
+    if report.failed and plane is not None:
         report.sections.append(("cluster", what_happened(plane)))
     return report
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release, metrics, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform
 from tests.cluster.pod import first_process
+from tests.cluster.release import Release, metrics, seconds_since
 
 PATIENCE = 420  # seconds for three processes that import torch on a busy machine
 TICK = 0.002  # seconds between two looks at a run's files
@@ -67,9 +67,7 @@ class Start:
 
     def log(self, node: int) -> str:
         """What the pod of a node has written so far."""
-        metadata = self.pods[node]["metadata"]
-        folder = f"pods/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
-        return (self.release.plane.folder / folder / "trainer.log").read_text(errors="replace")
+        return self.release.log(self.pods[node])
 
     @contextmanager
     def held(self, moment: Moment) -> Iterator[None]:

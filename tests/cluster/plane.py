@@ -143,8 +143,8 @@ def _define(api: Api, definitions: list[Object]) -> None:
         until(partial(established, name), 60, f"{name} established")
 
 
-def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait until `condition()` is true.
+def until(condition: Callable[[], object], seconds: float, what: str, *, every: float = 0.1) -> None:
+    """Wait until `condition()` is true, with a look `every` so many seconds.
 
     Raises:
         TimeoutError: it was not within `seconds`; the message names `what`.
@@ -153,7 +153,7 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def _listens(port: int) -> Ready:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release
 from tests.cluster.nodes import DRIVER
 from tests.cluster.plane import Plane, until
+from tests.cluster.release import Release
 from tests.e2e import traces
 from tests.servers.faults import fault_proxy
 from tests.servers.s3 import S3Server, s3_server
@@ -133,3 +133,9 @@ def instead_of_training(platform: Platform, name: str, program: str) -> Object:
 
 
 SLEEP = "print('asleep', flush=True); time.sleep(3600)"
+
+
+def asleep(release: Release) -> bool:
+    """Whether every pod of a release has come to SLEEP."""
+    # One that is told to end before takes its whole grace: process 1 gets no signal that it does not catch.
+    return release.running() and all("asleep" in release.log(pod) for pod in release.pods)

@@ -6,21 +6,13 @@ import copy
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.cluster.api import Api, ApiError, Object
+from tests.cluster.api import ApiError, Object
 from tests.cluster.plane import CONFIGURATION
 from tests.cluster.platform import Platform
-from tests.cluster.test_security import account_token, allowed
+from tests.cluster.test_security import account_token, allowed, may
 
 QUEUES = ("scheduling.volcano.sh", "queues")
-
-
-def rendered(platform: Platform, name: str) -> list[Object]:
-    """The objects of a release, hooks included."""
-    done = platform.release(name).template()
-    assert done.returncode == 0, done.stderr
-    return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +30,8 @@ def rendered(platform: Platform, name: str) -> list[Object]:
 def test_the_pod_is_admitted_and_no_pod_that_could_reach_the_machine(
     platform: Platform, of_pod: dict[str, Any], of_container: dict[str, Any]
 ) -> None:
-    (job,) = [found for found in rendered(platform, "admitted") if found["apiVersion"] == "batch.volcano.sh/v1alpha1"]
+    objects = platform.release("admitted").objects()
+    (job,) = [found for found in objects if found["apiVersion"] == "batch.volcano.sh/v1alpha1"]
     pod: Object = {"apiVersion": "v1", "kind": "Pod", **job["spec"]["tasks"][0]["template"]}
     pod["metadata"]["name"] = "admitted"
     pod["spec"]["serviceAccountName"] = "default"  # the release's is not there
@@ -56,7 +49,7 @@ def test_preflights_account_may_read_its_queue_and_the_schedulers_configuration(
     kinds = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding")
     manifests = [
         found
-        for found in rendered(platform, "asks")
+        for found in platform.release("asks").objects()
         if found["kind"] in kinds and "helm.sh/hook" in found["metadata"].get("annotations", {})
     ]
     assert sorted(found["kind"] for found in manifests) == sorted(kinds)
@@ -73,13 +66,3 @@ def test_preflights_account_may_read_its_queue_and_the_schedulers_configuration(
     finally:
         for manifest in manifests:
             api.remove(manifest, platform.namespace)
-
-
-def may(account: Api, verb: str, group: str, resource: str, name: str, namespace: str = "") -> bool:
-    """Whether the account may do it to the object of this name."""
-    asked = {"verb": verb, "group": group, "resource": resource, "name": name, "namespace": namespace}
-    review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-    answer = account.create(
-        "selfsubjectaccessreviews.authorization.k8s.io", {**review, "spec": {"resourceAttributes": asked}}
-    )
-    return bool(answer["status"]["allowed"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release, seconds_since
 from tests.cluster.plane import until
-from tests.cluster.platform import SLEEP, Platform, instead_of_training
+from tests.cluster.platform import SLEEP, Platform, asleep, instead_of_training
+from tests.cluster.release import Release, seconds_since
 
 PATIENCE = 180
 
@@ -28,7 +29,7 @@ def test_where_spot_is_taken_away_on_demand_is_bought_and_the_other_way_round(pl
     values = instead_of_training(platform, "falls-back", SLEEP)
     release = platform.release("falls-back", **values, nodes=2, nodePool={"capacityTypes": ["spot", "on-demand"]})
     with release.installed():
-        until(release.running, PATIENCE, "the gang runs")
+        until(partial(asleep, release), PATIENCE, "the gang runs")
         assert capacity(release) == ["spot", "spot"]  # the cheaper one, while it is there
         with only(platform, "on-demand"):
             replace(release, "spot")
@@ -44,11 +45,11 @@ def test_what_values_do_not_allow_is_not_bought(platform: Platform) -> None:
         allowed = platform.release("on-demand", **values, nodes=2, nodePool={"capacityTypes": ["on-demand"]})
         release = platform.release("spot-alone", **values, nodes=2)
         with release.installed(), allowed.installed():
-            until(allowed.running, PATIENCE, "the gang that may use on-demand runs beside one that waits")
+            until(partial(asleep, allowed), PATIENCE, "the gang that may use on-demand runs beside one that waits")
             assert capacity(allowed) == ["on-demand", "on-demand"]
             assert release.claims == []
             platform.plane.karpenter.offer()
-            until(release.running, PATIENCE, "spot is back, and the gang runs")
+            until(partial(asleep, release), PATIENCE, "spot is back, and the gang runs")
             assert capacity(release) == ["spot", "spot"]
 
 
@@ -59,7 +60,7 @@ def replace(release: Release, lost: str) -> None:
     restarts, begun = release.restarts, time.monotonic()
     release.plane.api.delete("nodeclaims.karpenter.sh", gone["metadata"]["name"])
     until(lambda: release.restarts > restarts, PATIENCE, "Volcano restarts the gang")
-    until(release.running, PATIENCE, "the gang runs again")
+    until(partial(asleep, release), PATIENCE, "the gang runs again")
     print(f"a {lost} node taken away to a gang: {seconds_since(begun)}")
 
 

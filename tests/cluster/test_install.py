@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.chart.helm import CHART
-from tests.cluster.api import ApiError, Object
+from tests.chart.helm import template
+from tests.cluster.api import ApiError
 from tests.cluster.counts import INSTALLS, SERIES
-from tests.cluster.helm import Release, before_a_release, everything, seconds_since, until_gone
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
-from tests.cluster.platform import SLEEP, Platform, apply_driver, instead_of_training
+from tests.cluster.platform import SLEEP, Platform, apply_driver, asleep, instead_of_training
+from tests.cluster.release import seconds_since
+from tests.cluster.snapshot import before_a_release, everything, until_as_before
 from tests.process import ROOT
 
 NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
@@ -40,12 +40,11 @@ def test_every_install_works_and_every_uninstall_leaves_what_was_there(
             done = release.install()
             assert done.returncode == 0, done.stderr
             print(f"{helm} install: {seconds_since(begun)}")
-            # Process 1 gets no signal that it does not catch: a pod told to end before it does takes its whole grace.
             until(partial(asleep, release), 120, "the gang runs")
             begun = time.monotonic()
             done = release.uninstall()
             assert done.returncode == 0, done.stderr
-            until_gone(platform.plane, before, 120)
+            until_as_before(platform.plane, before, 120)
             print(f"{helm} uninstall until nothing is left: {seconds_since(begun)}")
 
 
@@ -54,15 +53,10 @@ def neighbour(platform: Platform, values: dict[str, Any]) -> Iterator[None]:
     """Another run, on nodes of its own and in a queue of its own, all the while."""
     release = platform.release("neighbour", **values)
     with release.installed():
-        until(release.running, 120, "the neighbour runs")
+        until(partial(asleep, release), 120, "the neighbour runs")
         pods = [pod["metadata"]["uid"] for pod in release.pods]
         yield
         assert [pod["metadata"]["uid"] for pod in release.pods] == pods
-
-
-def asleep(release: Release) -> bool:
-    """Whether all three programs run."""
-    return release.logs().count("asleep") == 3
 
 
 @contextmanager
@@ -84,17 +78,24 @@ def stock(platform: Platform) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("values", "meanwhile", "words"),
+    ("helm", "values", "meanwhile", "words"),
     [
         pytest.param(
-            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}}, nullcontext, "no-such-bucket", id="data"
+            "helm3",
+            {"training": {"data": {"path": "s3://no-such-bucket/traces"}}},
+            *(nullcontext, "no-such-bucket"),
+            id="data",
         ),
         pytest.param(
-            {"queue": {"existing": "nobodys"}, "preflight": {"checks": []}}, nullcontext, "nobodys", id="queue"
+            "helm4",
+            {"queue": {"existing": "nobodys"}, "preflight": {"checks": []}},
+            *(nullcontext, "Queue nobodys: there is none; create it"),
+            id="queue",
         ),
-        pytest.param({"storage": {"fsx": {"fileSystemId": NEW}}}, unwritable, "fsGroupPolicy", id="storage"),
-        pytest.param({}, stock, "enqueue", id="stock Volcano, by the chart"),
+        pytest.param("helm4", {"storage": {"fsx": {"fileSystemId": NEW}}}, unwritable, "fsGroupPolicy", id="storage"),
+        pytest.param("helm3", {}, stock, 'write actions: "allocate, backfill"', id="stock Volcano, by the chart"),
         pytest.param(
+            "helm4",
             {"clusterChecks": {"enabled": False}, "preflight": {"checks": []}},
             *(stock, "never scales from zero nodes"),
             id="stock Volcano, by preflight",
@@ -102,37 +103,50 @@ def stock(platform: Platform) -> Iterator[None]:
     ],
 )
 def test_preflight_refuses_with_one_line_and_leaves_nothing(
-    platform: Platform, values: dict[str, Any], meanwhile: Callable[[Platform], Any], words: str
+    platform: Platform, helm: str, values: dict[str, Any], meanwhile: Callable[[Platform], Any], words: str
 ) -> None:
     before = before_a_release(platform.plane)
-    release = platform.release("refused", **values)
+    release = platform.release("refused", helm=helm, **values)
     with meanwhile(platform):
         done = release.install()
         assert done.returncode != 0
-        assert words in done.stdout + done.stderr
-        assert "Traceback" not in done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert [words in line for line in said.splitlines()].count(True) == 1, said
+        assert "Traceback" not in said
         assert release.claims == []
         done = release.uninstall()
         assert done.returncode == 0, done.stderr
-    until_gone(platform.plane, before, 60)
+    until_as_before(platform.plane, before, 60)
+
+
+def test_with_volcanos_stock_configuration_a_gang_never_starts(platform: Platform) -> None:
+    before_a_release(platform.plane)
+    nowhere = {"enabled": False, "volcanoConfigMap": "not-there"}  # neither chart nor preflight looks, and refuses
+    release = platform.release("deadlock", preflight={"checks": []}, clusterChecks=nowhere)
+
+    def refused() -> bool:
+        events = platform.plane.api.list("events", platform.namespace)
+        ours = [event for event in events if event["involvedObject"]["name"].startswith("deadlock-")]
+        return any("resource in cluster is overused" in str(event.get("message")) for event in ours)
+
+    with stock(platform), release.installed():
+        until(refused, 60, "the gang is refused")
+        deadline = time.monotonic() + 10  # a gang starts in less
+        while time.monotonic() < deadline:
+            assert (release.pods, release.claims) == ([], [])
+            time.sleep(0.5)
 
 
 @pytest.mark.parametrize("name", WITH_A_POOL_OF_ITS_OWN)
 def test_a_real_api_server_admits_pool_and_node_class(plane: Plane, name: str) -> None:
-    for found in rendered(plane, name):
+    for found in template("helm4", "-f", ROOT / f"values/{name}.yaml"):
         if found["kind"] in ("EC2NodeClass", "NodePool", "Queue", "StorageClass", "PersistentVolumeClaim"):
             plane.api.apply(found, dry_run=True)
 
 
 def test_rules_of_the_node_class_are_the_real_ones(plane: Plane) -> None:
-    (node_class,) = (found for found in rendered(plane, "grpo") if found["kind"] == "EC2NodeClass")
+    objects = template("helm4", "-f", ROOT / "values/grpo.yaml")
+    (node_class,) = (found for found in objects if found["kind"] == "EC2NodeClass")
     node_class["spec"]["instanceProfile"] = "both"
     with pytest.raises(ApiError, match="must specify exactly one of"):
         plane.api.apply(node_class, dry_run=True)
-
-
-def rendered(plane: Plane, name: str) -> list[Object]:
-    """The objects of a values file as shipped."""
-    done = Release(plane, "default", "run").run("template", "run", str(CHART), "-f", str(ROOT / f"values/{name}.yaml"))
-    assert done.returncode == 0, done.stderr
-    return [found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found]

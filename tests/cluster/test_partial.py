@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.cluster.api import Object
-from tests.cluster.helm import Release, seconds_since
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform, instead_of_training
+from tests.cluster.release import Release, seconds_since
 
 PATIENCE = 400
 DONE = "print('done', flush=True); os._exit(0)"
+SOON = {"consolidateAfter": "5s"}  # nodes that are given back go
+# Where an abort is awaited there is little time for nodes, where a start is, much; where neither may come of itself,
+# the gang rests for long. An upgrade changes which.
+LONG = "10m"
 
 
 @contextmanager
@@ -36,10 +40,17 @@ def limit_nodes(release: Release, nodes: int) -> None:
     release.plane.api.patch("nodepools.karpenter.sh", f"{release.name}.{release.namespace}", limits)
 
 
+def change(release: Release, nodes: int, **limits: str) -> None:
+    """Upgrade to other `gang` values, which is another watcher, and to so many nodes; the gang is aborted meanwhile."""
+    arguments = [f"--set=gang.{name}={limit}" for name, limit in limits.items()]
+    done = release.upgrade("--force-conflicts", *arguments)  # takes back the pool's limit, which this test has changed
+    assert done.returncode == 0, done.stderr
+    limit_nodes(release, nodes)
+
+
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
-    gang = {"waitTimeout": "45s", "retryAfter": "120s"}
-    values = instead_of_training(platform, "partial", DONE)
-    release = platform.release("partial", **values, gang=gang, nodeClass={"name": "partial"})
+    values = {**instead_of_training(platform, "partial", DONE), "nodePool": SOON, "nodeClass": {"name": "partial"}}
+    release = platform.release("partial", **values, gang={"waitTimeout": "30s", "retryAfter": LONG})
     with installed_with_nodes(platform, release, 2):
         until(lambda: len(release.claims) == 2, PATIENCE, "two nodes are bought")
         begun = time.monotonic()
@@ -49,10 +60,10 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
         until(lambda: release.claims == [], PATIENCE, "the two are given back")
         print(f"two nodes to none: {seconds_since(begun)}")
         assert release.phase == "Aborted"
-        reason = "not all pods ran within 45s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 2m"
+        reason = "not all pods ran within 30s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 10m"
         assert reason in watcher_log(release)
         assert [reason in message for message in events(release, "GangTimeout")] == [True]
-        limit_nodes(release, 3)
+        change(release, 3, waitTimeout=LONG, retryAfter="20s")
         until(lambda: release.phase == "Completed", PATIENCE, "the run is resumed and ends")
         print(f"two nodes to the end of the run: {seconds_since(begun)}")
         assert release.restarts == 1
@@ -61,27 +72,26 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
 
 
 def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform: Platform) -> None:
-    gang = {"waitTimeout": "15s", "retryAfter": "90s", "retries": 1}
-    values = instead_of_training(platform, "never", DONE)
-    release = platform.release("never", **values, gang=gang, nodeClass={"name": "never"})
+    values = {**instead_of_training(platform, "never", DONE), "nodePool": SOON, "nodeClass": {"name": "never"}}
+    release = platform.release("never", **values, gang={"waitTimeout": "5s", "retryAfter": LONG, "retries": 1})
+    left = "gang: aborted by exit code 64 or by somebody, or given up"
     with installed_with_nodes(platform, release, 2):
         until(lambda: '"version": null' not in record(release), PATIENCE, "aborted by the watcher, and at rest")
         tell(release, "AbortJob")
         until(lambda: events(release, "GangStaysAborted"), PATIENCE, "a suspend is noticed")
         assert (release.phase, release.restarts) == ("Aborted", 0)
+        name = watcher(release)["metadata"]["name"]
+        platform.plane.api.delete("jobs.batch", name, release.namespace, propagationPolicy="Background")
+        change(release, 2, retryAfter="20s")
+        until(lambda: left in watcher_log(release), PATIENCE, "an upgrade starts another watcher")
         tell(release, "ResumeJob")
         until(lambda: events(release, "GangGivenUp"), PATIENCE, "resumed by hand it is watched again, and given up")
         assert (release.phase, release.restarts) == ("Aborted", 2)
         assert len(events(release, "GangTimeout")) == 3
         until(lambda: release.claims == [], PATIENCE, "the nodes are given back")
-        left = "gang: aborted by exit code 64 or by somebody, or given up"
-        before = watcher_log(release).count(left)
-        name = watcher(release)["metadata"]["name"]
-        platform.plane.api.delete("jobs.batch", name, release.namespace, propagationPolicy="Background")
-        done = release.upgrade("--force-conflicts")  # this test has changed the pool's limit, and has it back
-        assert done.returncode == 0, done.stderr
+        change(release, 3, waitTimeout=LONG, retryAfter="20s")
         assert release.job["metadata"]["uid"] in record(release)
-        until(lambda: watcher_log(release).count(left) > before, PATIENCE, "an upgrade starts another watcher")
+        until(lambda: left in watcher_log(release), PATIENCE, "its watcher finds it as it was left")
         assert release.phase == "Aborted"
         tell(release, "ResumeJob")
         until(lambda: release.phase == "Completed", PATIENCE, "resumed by hand, with nodes enough, it ends")
@@ -116,8 +126,9 @@ def record(release: Release) -> str:
 
 
 def watcher_log(release: Release) -> str:
+    """What the pods of the watcher's own Job, the one that is there now, have written."""
     folder = release.plane.folder / "pods" / release.namespace
-    return "".join(file.read_text() for file in folder.glob(f"{release.name}-gang-*/*.log"))
+    return "".join(file.read_text() for file in folder.glob(f"{watcher(release)['metadata']['name']}-*/*.log"))
 
 
 def watcher(release: Release) -> Object:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tests.cluster.api import Api
 from tests.cluster.plane import Plane, until
-from tests.cluster.platform import Platform
+from tests.cluster.platform import SLEEP, Platform, asleep, instead_of_training
 
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
 # What every account may do, by roles that Kubernetes itself binds: ask about itself.
@@ -18,9 +19,9 @@ EVERYBODY = {
 
 
 def test_the_trainers_account_may_do_nothing_once_it_runs(platform: Platform) -> None:
-    release = platform.release("account", preflight={"checks": ["config"]})
+    release = platform.release("account", **instead_of_training(platform, "account", SLEEP))
     with release.installed():
-        until(release.running, 180, "the gang runs")
+        until(partial(asleep, release), 180, "the gang runs")
         assert all(pod["spec"]["automountServiceAccountToken"] is False for pod in release.pods)
         token = account_token(platform.plane, platform.namespace, "account")
         assert allowed(platform.plane.api.with_token(token), platform.namespace) == set()
@@ -60,22 +61,27 @@ def allowed(account: Api, namespace: str, object_name: str = "") -> set[str]:
         for verb in VERBS
     ]
 
-    def may(question: tuple[str, str, str]) -> bool:
+    def allows(question: tuple[str, str, str]) -> bool:
         verb, name, group = question
-        resource, _, subresource = name.partition("/")
-        attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource, "name": object_name}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": {**attributes, "subresource": subresource}},
-        }
-        answer = account.create("selfsubjectaccessreviews.authorization.k8s.io", review)
-        return bool(answer["status"]["allowed"])
+        return may(account, verb, group, name, object_name, namespace)
 
     assert len(asked) > 500
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(may, asked))
+        answers = list(pool.map(allows, asked))
     return {f"{verb} {name}.{group}" for (verb, name, group), yes in zip(asked, answers, strict=True) if yes}
+
+
+def may(account: Api, verb: str, group: str, resource: str, name: str, namespace: str = "") -> bool:
+    """Whether the account may do it to the object of this name; empty: to any. `resource` may name a subresource."""
+    resource, _, subresource = resource.partition("/")
+    asked = {"verb": verb, "group": group, "resource": resource, "subresource": subresource}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {**asked, "name": name, "namespace": namespace}},
+    }
+    answer = account.create("selfsubjectaccessreviews.authorization.k8s.io", review)
+    return bool(answer["status"]["allowed"])
 
 
 def names(api: Api, group: str) -> list[str]:

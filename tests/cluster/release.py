@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import time
@@ -14,12 +13,14 @@ from typing import Any
 
 import yaml
 
-from tests.chart.helm import CHART
+from tests.chart.helm import CHART, template
 from tests.chart.helm import run as run_helm
 from tests.cluster.api import Object
+from tests.cluster.events import what_happened
 from tests.cluster.plane import Plane, until
 
 VALUES = Path(__file__).parent / "values.yaml"
+ONGOING = ("", "Pending", "Running", "Completing", "Restarting")  # phases of a Job on its way
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ class Release:
 
     def install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`helm install`; never raises on an exit code."""
-        return self.run("install", *self._chart(), *arguments)
+        return self.run("install", self.name, str(CHART), *self._values(), *arguments)
 
     def upgrade(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`helm upgrade` with the same values, and what the arguments change of them."""
-        return self.run("upgrade", *self._chart(), *arguments)
+        return self.run("upgrade", self.name, str(CHART), *self._values(), *arguments)
 
-    def template(self) -> subprocess.CompletedProcess[str]:
-        """`helm template`: what would be sent, hooks included."""
-        return self.run("template", *self._chart())
+    def objects(self) -> list[Object]:
+        """What would be sent, hooks included."""
+        return template(self.helm, *self._values(), "--namespace", self.namespace, name=self.name)
 
     def uninstall(self) -> subprocess.CompletedProcess[str]:
         """`helm uninstall`, which waits until what it deletes is gone; fine where there is no such release."""
@@ -55,7 +56,7 @@ class Release:
 
     @contextmanager
     def installed(self) -> Iterator[Release]:
-        """The release during the block, and uninstalled after it.
+        """The release during the block, and uninstalled after it; before that a failed block prints what happened.
 
         Raises:
             AssertionError: Helm refused, or could not uninstall; its words are in the message.
@@ -64,6 +65,9 @@ class Release:
             done = self.install()
             assert done.returncode == 0, done.stderr + done.stdout
             yield self
+        except Exception:
+            print(what_happened(self.plane))
+            raise
         finally:
             done = self.uninstall()
             assert done.returncode == 0, done.stderr + done.stdout
@@ -107,55 +111,22 @@ class Release:
         found = (self.plane.folder / "pods" / self.namespace).glob(f"{self.name}-node*/*.log")
         return "\n".join(file.read_text(errors="replace") for file in sorted(found, key=_age))
 
-    def _chart(self) -> list[str]:
+    def log(self, pod: Object) -> str:
+        """What a pod of the gang has written so far."""
+        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+        file = self.plane.folder / "pods" / self.namespace / f"{name}-{uid[:8]}" / "trainer.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def _values(self) -> list[str]:
         file = self.plane.folder / f"values-{self.namespace}-{self.name}.yaml"
         file.write_text(yaml.safe_dump(dict(self.values)))
-        return [self.name, str(CHART), "-f", str(VALUES), "-f", str(file)]
+        return ["-f", str(VALUES), "-f", str(file)]
 
 
-def everything(plane: Plane) -> set[str]:
-    """Every object that the API server holds, as `resource namespace/name`, but events, leases and what is hidden."""
-    api, found = plane.api, set()
-    for group in ["", *(group["name"] for group in api.request("GET", "/apis")["groups"])]:
-        version = api.request("GET", f"/apis/{group}") if group else {"preferredVersion": {"groupVersion": "v1"}}
-        base = f"/apis/{version['preferredVersion']['groupVersion']}" if group else "/api/v1"
-        for resource in api.request("GET", base)["resources"]:
-            name = str(resource["name"])
-            if "/" in name or "list" not in resource["verbs"] or name in ("events", "leases", "componentstatuses"):
-                continue
-            for item in api.request("GET", f"{base}/{name}")["items"]:
-                metadata = item["metadata"]
-                found.add(f"{name}.{group} {metadata.get('namespace', '')}/{metadata['name']}")
-    return found
-
-
-def before_a_release(plane: Plane) -> set[str]:
-    """Everything that the API server holds, once what went with the releases before is gone: the collectors' work."""
-    seen: list[set[str]] = [set(), set()]
-
-    def settled() -> bool:
-        seen.append(everything(plane))
-        passing = ("nodeclaims.karpenter.sh", "podgroups.scheduling.volcano.sh", "pods.")
-        return seen[-1] == seen[-2] and not any(name.startswith(passing) for name in seen[-1])
-
-    until(settled, 120, "no run is left, and nothing changes")
-    return seen[-1]
-
-
-def until_gone(plane: Plane, before: set[str], seconds: float) -> None:
-    """Wait until the API server holds exactly what it held `before`.
-
-    Raises:
-        AssertionError: it does not; the message names what is left and what is missing.
-    """
-
-    def same() -> bool:
-        return everything(plane) == before
-
-    with contextlib.suppress(TimeoutError):
-        until(same, seconds, "everything is as it was")
-    now = everything(plane)
-    assert now == before, f"left behind: {sorted(now - before)}; missing: {sorted(before - now)}"
+def until_completed(release: Release, seconds: float) -> None:
+    """Wait for the end of the Job, a good one."""
+    until(lambda: release.phase not in ONGOING, seconds, f"the run {release.name} ends")
+    assert release.phase == "Completed", release.logs()
 
 
 def seconds_since(begun: float) -> str:
