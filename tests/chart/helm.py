@@ -29,6 +29,13 @@ def _home() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="helm-")  # goes when this process does
 
 
+def environment(kubeconfig: Path | None = None) -> dict[str, str]:
+    """Of a Go tool: no cluster but `kubeconfig`'s, and nothing of this machine's configuration."""
+    home = _home().name
+    homes = {f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}
+    return scrubbed({**homes, "KUBECONFIG": str(kubeconfig or f"{home}/none")})
+
+
 def run(
     name: str,
     *arguments: str | Path,
@@ -37,13 +44,10 @@ def run(
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Go tool in the repository's root, without a cluster unless `kubeconfig` names one; `timeout` in seconds."""
-    home = _home().name
-    environment = scrubbed({f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")})
-    environment["KUBECONFIG"] = str(kubeconfig or f"{home}/none")
     return subprocess.run(
         [tool(name), *arguments],
         cwd=ROOT,
-        env=environment,
+        env=environment(kubeconfig),
         input=stdin,
         capture_output=True,
         text=True,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tests.chart.helm import CHART, template
+from tests.chart.helm import CHART, environment, template, tool
 from tests.chart.helm import run as run_helm
 from tests.cluster.api import Object
 from tests.cluster.events import what_happened
@@ -36,6 +37,17 @@ class Release:
     def install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`helm install`; never raises on an exit code."""
         return self.run("install", self.name, str(CHART), *self._values(), *arguments)
+
+    def install_interrupted(self, moment: Callable[[], object]) -> int:
+        """`helm install`, and Ctrl-C at a moment; its exit code."""
+        words = ["install", self.name, str(CHART), *self._values(), "--namespace", self.namespace]
+        with subprocess.Popen([tool(self.helm), *words], env=environment(self.plane.kubeconfig)) as helm:
+            try:
+                until(moment, 60, "the moment to interrupt Helm")
+                helm.send_signal(signal.SIGINT)
+                return helm.wait(60)
+            finally:
+                helm.kill()
 
     def upgrade(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`helm upgrade` with the same values, and what the arguments change of them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chart.helm import template
+from tests.chart.helm import HELMS, template
 from tests.cluster.api import ApiError
 from tests.cluster.counts import INSTALLS, SERIES
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
@@ -116,6 +116,20 @@ def test_preflight_refuses_with_one_line_and_leaves_nothing(
         assert release.claims == []
         done = release.uninstall()
         assert done.returncode == 0, done.stderr
+    until_as_before(platform.plane, before, 60)
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_what_an_interrupted_install_leaves_goes_with_the_next_one(platform: Platform, helm: str) -> None:
+    api, before = platform.plane.api, before_a_release(platform.plane)
+    release = platform.release("stopped", helm=helm, **instead_of_training(platform, "stopped", SLEEP))
+    preflight = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=preflight"
+    assert release.install_interrupted(lambda: api.list("pods", release.namespace, labels=preflight)) != 0
+    assert release.claims == []
+    done = release.uninstall()
+    assert done.returncode == 0, done.stderr
+    with release.installed():
+        until(partial(asleep, release), 120, "the gang runs")
     until_as_before(platform.plane, before, 60)
 
 
