@@ -71,7 +71,7 @@ def launch(
         if topology.node_rank == 0:
             if _told_in_pause(wakeup, *restarts.pause()):
                 return EXIT_STOPPED
-            restarts.begin()
+            restarts.begin(topology.nodes)
     ranks = Ranks(grace, patience, kill_after)
     try:
         ranks.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
