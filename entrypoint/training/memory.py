@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from entrypoint import host
 from entrypoint.data.groups import Groups
 from entrypoint.errors import TooLargeError
 from entrypoint.storage import note, write_atomically
@@ -30,8 +31,7 @@ FIRST = 2048  # tokens that are taken to fit anywhere
 STEPS = 100  # of the first epoch, looked at for the most that a rank has to compute in a step
 ROOM = 0.85  # of the free memory; the rest is for what the allocator can't use and for what the loss adds
 GROWTH = 1.2  # attention grows faster than its tokens do
-INFINITE = 2**63
-MOMENTS = 8  # bytes that AdamW adds for a trained parameter
+WAITING = 12  # bytes a trained parameter: AdamW's moments, and the gradient that waits for the next micro-batch
 
 
 def find_budget(
@@ -64,7 +64,7 @@ def find_budget(
         OSError: and that can't be written down.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
-    machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": _ranks_here()}
+    machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": host.ranks_here()}
     own = setting | machine | {"shared": sampler.cost.shared, "most": most}
     setting = world.once(lambda: own)
     known: int | None = world.once(lambda: _read(folder / FILE, setting, broke_off=broke_off))
@@ -89,7 +89,7 @@ def find_budget(
                 ) from error
             need, free = math.inf, 1.0
         # The fullest rank decides for all, and before any of them is too full.
-        share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
+        share = world.most((need + WAITING * parameters) / max(free, 1.0))
         if share <= ROOM:
             best = size
             _write(world, folder, setting, best, finished=False)
@@ -125,9 +125,9 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, fl
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     except OSError:  # a sandbox without it: nothing larger than FIRST is known to fit
         return math.inf, 1.0
-    resident, available = proc_bytes("self/status", "VmRSS"), _available()
+    resident, available = host.proc_bytes("self/status", "VmRSS"), host.available()
     work()
-    return proc_bytes("self/status", "VmHWM") - resident, available / _ranks_here()
+    return host.proc_bytes("self/status", "VmHWM") - resident, available / host.ranks_here()
 
 
 def _give_back() -> None:
@@ -138,39 +138,10 @@ def _give_back() -> None:
         trim(0)
 
 
-def proc_bytes(file: str, name: str) -> int:
-    """Bytes of a line of a file in /proc, `name: … kB`."""
-    lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
-def _available() -> int:
-    """Bytes that this machine, or this container where it has less, can still give."""
-    found = proc_bytes("meminfo", "MemAvailable")
-    limit = _limit()
-    if limit is None:
-        return found
-    # Pages of files that are only read, such as the model and the traces, are given back when they are needed.
-    group = Path("/sys/fs/cgroup")
-    cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", "0")
-    return min(found, limit - int((group / "memory.current").read_text()) + int(cached))
-
-
 def _total(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(proc_bytes("meminfo", "MemTotal"), _limit() or INFINITE)
-
-
-def _limit() -> int | None:
-    """Bytes that this container may have (cgroup v2); None without a limit."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return None if text == "max" else int(text)
-
-
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host.total()
 
 
 def _name(device: torch.device) -> str:

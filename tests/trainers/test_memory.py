@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from entrypoint import host
 from entrypoint.errors import TooLargeError
 from entrypoint.training import memory
 from entrypoint.training.batches import Cost, StepSampler, group_units
@@ -64,7 +65,7 @@ def test_twice_the_tokens_are_tried_until_the_next_would_not_fit(
 ) -> None:
     """Of 700 tokens' room 85 % are used, 595: after 128 and 256 tokens 512 are expected to need 256 + 1.2 x 256 = 563,
     which fits; after 512 twice as many do not."""
-    monkeypatch.setattr(memory, "_available", lambda: 700 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 700 * TOKEN)
     tried: list[int] = []
     assert find(sampler, tmp_path, tried) == 512
     assert [1 << (n - 1).bit_length() for n in tried] == [128, 256, 512]
@@ -81,9 +82,9 @@ def test_a_step_that_is_small_is_never_cut(sampler: StepSampler, tmp_path: Path)
 def test_a_restart_on_the_same_machine_cuts_alike_without_trying(
     sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: 400 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 400 * TOKEN)
     first = find(sampler, tmp_path, [])
-    monkeypatch.setattr(memory, "_available", lambda: 4000 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 4000 * TOKEN)
     tried: list[int] = []
     assert find(sampler, tmp_path, tried) == first
     assert tried == []
@@ -93,7 +94,7 @@ def test_a_restart_on_the_same_machine_cuts_alike_without_trying(
 
 
 def test_no_room_at_all_leaves_the_least(sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: 10 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 10 * TOKEN)
     assert find(sampler, tmp_path, []) == 64
 
 
@@ -104,7 +105,7 @@ def test_memory_that_the_process_has_freed_is_no_room(
     nothing."""
     blocks = [np.ones(2**16, np.uint8) for _ in range(2**14)]
     del blocks[:-1]
-    monkeypatch.setattr(memory, "_available", lambda: 10 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 10 * TOKEN)
     assert find(sampler, tmp_path, []) == 64
     assert len(blocks) == 1
 
@@ -123,7 +124,7 @@ def test_a_run_killed_while_it_tries_starts_again_with_what_fits_anywhere(
     sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where that may have been for want of memory; after a notice it tries again."""
-    monkeypatch.setattr(memory, "_available", lambda: 400 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 400 * TOKEN)
 
     def killed(responses: list[int]) -> None:
         raise KeyboardInterrupt

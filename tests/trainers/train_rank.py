@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from entrypoint import host
 from entrypoint.command import explain
 from entrypoint.conf import Dpo, Grpo
 from entrypoint.errors import RunError
@@ -34,7 +35,7 @@ from tests.trainers.sample_groups import ragged_groups
 
 STEPS = 8
 LEAST = 40  # tokens
-AVAILABLE = memory._available
+AVAILABLE = host.available
 
 
 def run_ranks(world: int, tiny: Path, out: Path, cases: Sequence[str]) -> list[tuple[int, str]]:
@@ -82,7 +83,7 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
         precision=precision,
     )
     trainer, plan = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
-    memory._available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
+    host.available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
     if given.get("short") == "all" or ("short" in options and world.rank):
         trainer.model.model.layers[1].register_forward_pre_hook(run_out, with_kwargs=True)
     gradients: list[torch.Tensor] = []
