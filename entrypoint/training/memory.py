@@ -2,6 +2,7 @@
 
 Batches of the run's longest rows, each of twice the tokens, are computed while the next one can be expected to fit. The
 answer is kept beside the checkpoints: a restart on such machines cuts its batches alike, and so computes the same.
+Where a step runs out of memory all the same, it becomes half of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 
 from entrypoint import host
 from entrypoint.data.groups import Groups
-from entrypoint.errors import TooLargeError
+from entrypoint.errors import NoRoomError, TooLargeError
 from entrypoint.storage import note, write_atomically
 from entrypoint.training.batches import Cost, StepSampler
 from entrypoint.world import World
@@ -32,6 +34,62 @@ STEPS = 100  # of the first epoch, looked at for the most that a rank has to com
 ROOM = 0.85  # of the free memory; the rest is for what the allocator can't use and for what the loss adds
 GROWTH = 1.2  # attention grows faster than its tokens do
 WAITING = 12  # bytes a trained parameter: AdamW's moments, and the gradient that waits for the next micro-batch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of a micro-batch, the same on every rank, and where the next start finds them.
+
+    Attributes:
+        setting: what they depend on.
+    """
+
+    tokens: int
+    path: Path
+    setting: dict[str, Any]
+
+    def lower(self, tokens: int) -> None:
+        """Have the next start take `tokens`; on any number of ranks, alike.
+
+        Raises:
+            OSError: it can't be written down: the next start would end as this one.
+        """
+        write_atomically(self.path, _content(self.setting, tokens, finished=True))
+
+
+def out_of_memory(sampler: StepSampler, budget: Budget | None) -> TooLargeError:
+    """What a step that ran out of memory ends with; a budget that was found is lowered first.
+
+    Args:
+        budget: None where the user has given it, or where it is not found yet.
+    """
+    tokens, least = sampler.budget, _uncut(sampler)
+    if tokens <= least:
+        return NoRoomError(
+            f"train.max_length: a step ran out of memory, and a smaller train.micro_batch_tokens than {tokens:,} would "
+            f"not help, since what is computed together has up to {least:,}; lower train.max_length, give the run more "
+            "devices (train.sharding=fsdp), or train an adapter (model.lora.enabled=true)"
+        )
+    if budget is None:
+        return NoRoomError(
+            f"train.micro_batch_tokens: a step ran out of memory with {tokens} tokens a forward pass; write a smaller "
+            f"number, {least} or more, or auto"
+        )
+    lower = max(tokens // 2, least)
+    budget.lower(lower)
+    return TooLargeError(
+        f"train.micro_batch_tokens=auto: a step ran out of memory with {tokens:,} tokens a forward pass; start the "
+        f"same command again, it takes {lower:,}"
+    )
+
+
+def _uncut(sampler: StepSampler) -> int:
+    """The most tokens that a forward pass has under the smallest of budgets: of a response, or a pair."""
+    units, cost = sampler.units, sampler.cost
+    together = units.responses.reshape(-1, units.atom)
+    rows, prompts = cost.row[together], cost.prompt[together[:, 0]]
+    tokens = rows.sum(axis=1) - (units.atom - 1) * prompts if cost.shared else units.atom * rows.max(axis=1)
+    return int(tokens.max())
 
 
 def find_budget(
@@ -46,8 +104,8 @@ def find_budget(
     folder: Path,
     setting: dict[str, Any],
     broke_off: bool = False,
-) -> int:
-    """Tokens of a micro-batch, the same on every rank.
+) -> Budget:
+    """The most tokens of a micro-batch that fit.
 
     Args:
         compute: forward and backward over some responses; leaves no gradient behind.
@@ -70,7 +128,7 @@ def find_budget(
     known: int | None = world.once(lambda: _read(folder / FILE, setting, broke_off=broke_off))
     if known is not None:
         world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
-        return known
+        return Budget(known, folder / FILE, setting)
     best = size = FIRST
     _write(world, folder, setting, best, finished=False)
     tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
@@ -82,7 +140,7 @@ def find_budget(
             need, free = _measured(partial(compute, batch), device)
         except torch.OutOfMemoryError as error:
             if collective:
-                write_atomically(folder / FILE, _content(setting, best, finished=True))  # else all starts end here
+                Budget(best, folder / FILE, setting).lower(best)  # else all starts end here
                 raise TooLargeError(
                     f"train.micro_batch_tokens=auto: a forward pass over {computed:,} tokens ran out of memory; "
                     f"start the same command again, it takes {best:,}"
@@ -97,7 +155,7 @@ def find_budget(
         tokens, used = computed, share
     _write(world, folder, setting, best, finished=True)
     world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
-    return best
+    return Budget(best, folder / FILE, setting)
 
 
 def _longest(cost: Cost, groups: Groups, tokens: int) -> list[int]:
