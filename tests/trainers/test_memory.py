@@ -191,7 +191,7 @@ def test_under_fsdp_ranks_that_run_out_of_memory_leave_together(tiny: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["fsdp:late", "fsdp:late=all", "late"])
+@pytest.mark.parametrize("options", ["fsdp:late", "late"])
 def test_a_step_that_runs_out_of_memory_has_the_next_start_take_half(tiny: Path, tmp_path: Path, options: str) -> None:
     """All ranks leave with 75, and the run goes on from its newest checkpoint."""
     case = "run:grpo:grpo:auto:" + options.partition("late")[0].rstrip(":")
