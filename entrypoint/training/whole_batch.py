@@ -204,6 +204,8 @@ class WholeBatch:
             )
         return norm
 
+    # Start and resume ------------------------------------------------------------------------------------------------
+
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's.
 
@@ -214,8 +216,6 @@ class WholeBatch:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         except torch.OutOfMemoryError as error:
             raise self._too_large() from error
-
-    # Start and resume ------------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """After wrapping, the model still is the base: the moment for the reference pass. Then the checkpoint."""
@@ -238,6 +238,7 @@ class WholeBatch:
         self._clock.enter("other")
 
     def _reserve(self: Any) -> None:
+        """After the first step: then the optimiser has moments."""
         self._clock.enter("checkpoint")
         self._checkpoints.reserve(self.model_wrapped, self.optimizer)
 
