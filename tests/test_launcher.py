@@ -375,6 +375,12 @@ def test_an_abort_is_a_lost_machine_until_every_node_has_written_an_end(launch: 
         assert [attempt.how for attempt in Story(tmp_path, "toy").attempts()] == [how]
 
 
+def test_a_node_of_which_nccl_aborted_one_rank_holds_since_the_others_may_meet_it_too(launch: Launch) -> None:
+    node = launch("2:die=ABRT", "3:exit=76", **NODES, NODE_RANK="1", ranks=2, hold="1")
+    code, _, err = end(node)
+    assert (code, f"{BOTH}, for up to 0.5 s" in err) == (134, True)
+
+
 def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:
     """A pause of 2 s and one of 4 s between them; then a human has the word: the next start is a new beginning."""
     words = ("fail=ValueError: boom", "die=KILL", "crash=3")
