@@ -62,14 +62,18 @@ ENTRYPOINT ["python", "-m", "entrypoint"]
 FROM ${GPU}@${GPU_DIGEST} AS gpu
 COPY --from=packages /opt/venv /opt/venv
 # LD_LIBRARY_PATH is the plugin's and EFA's alone: CUDA and NCCL are those that torch's wheels bring. The plugin has the
-# base's own name; NCCL looks for libnccl-net.so otherwise, and goes on over TCP where there is none.
+# base's own name; NCCL looks for libnccl-net.so otherwise, and goes on over TCP where there is none. Rows have another
+# length in each forward pass: segments that grow keep the device's memory from being cut into pieces.
 ENV PATH=/opt/venv/bin:${PATH} \
     LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib64:/opt/amazon/efa/lib64 \
     NCCL_NET_PLUGIN=ofi \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
     HOME=/tmp \
     USER=trainer
 # What was made on the other base runs on this one.
 RUN --mount=type=tmpfs,target=/tmp test -e /opt/amazon/ofi-nccl/lib64/libnccl-net-ofi.so && python -c 'import entrypoint.run'
+# Triton compiles at run time: with gcc, and Python.h from where sysconfig says.
+RUN echo '#include <Python.h>' | gcc -fsyntax-only -I "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')" -x c -
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["python", "-m", "entrypoint"]

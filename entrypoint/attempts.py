@@ -5,7 +5,8 @@ How a start ended:
     stopped    a notice was recorded, or it ended with 75, or with whatever code after a signal to stop; the first of
                its ends counts: a scheduler that restarts all pods after a crash tells the others to stop
     crash      a launcher saw a rank crash: an exception, a signal, a kill -9 for want of memory
-    lost       no end, or only that other ranks were lost (76): a machine that went without notice. It may also be a
+    lost       no end, or only that other ranks were lost (76, or 134 where a node left no end at all: NCCL's watchdog
+               may abort the process before Python hears of it): a machine that went without notice. It may also be a
                container that was killed as a whole, so it is a third of a crash where crashes are counted
     locked     refused, since another run held the folder
     done, refused
@@ -17,6 +18,7 @@ all the same.
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_REFUSED, EXIT_STOPPED
 
 LOST_WEIGHT = 1 / 3  # of a crash
+ABORTED = 128 + signal.SIGABRT
 
 Event = dict[str, Any]
 
@@ -54,9 +57,17 @@ class Attempt:
         for end in self.ends:
             if end.get("told") or end.get("code") == EXIT_STOPPED:
                 return "stopped"
-            if end.get("code") != EXIT_LOST:
+            if end.get("code") not in self._others_loss:
                 return "crash"
         return "lost"
+
+    @property
+    def _others_loss(self) -> tuple[int, ...]:
+        """The codes by which a node says no more than that another is lost."""
+        launch = self.named("launch")
+        nodes = set(range(launch.get("nodes", 1) if launch else 1))
+        silent = nodes - {end.get("node", 0) for end in self.ends}  # a lost machine writes no end
+        return (EXIT_LOST, ABORTED) if silent else (EXIT_LOST,)
 
     @property
     def saved(self) -> int:

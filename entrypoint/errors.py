@@ -69,11 +69,17 @@ class StoppedError(RunError):
 
 
 class TooLargeError(RunError):
-    """A forward pass that was tried has run out of memory in a collective: the next start takes one that fits."""
+    """A forward pass has run out of memory where others may be in a collective: the next start takes smaller ones."""
 
     exit_code = EXIT_STOPPED
     by_all = True
     sudden = True
+
+
+class NoRoomError(TooLargeError):
+    """And nothing that the next start could do by itself would help."""
+
+    exit_code = EXIT_REFUSED
 
 
 class LostRankError(RunError):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from entrypoint import host
 from entrypoint.checkpoint import Checkpoints
 from entrypoint.checkpoint.lock import Lock
 from entrypoint.checkpoint.mirror import Mirror
@@ -21,10 +22,14 @@ from entrypoint.data.prepare import Prepared, load_prepared, prepare, prepared_k
 from entrypoint.data.tokens import load_tokenizer
 from entrypoint.errors import CheckpointError, ModelError
 from entrypoint.model.fetch import fetch_model, model_identity
+from entrypoint.model.folder import check_model, parameters
 from entrypoint.output.publish import claim_output
 from entrypoint.storage import explained
 from entrypoint.tracking.tracker import finish_again
 from entrypoint.world import World
+
+FP32 = 4  # bytes
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,25 @@ def _mirror(run: Run, world: World) -> Mirror | None:
 def load_base(run: Run) -> tuple[Path, PreTrainedTokenizerBase, int]:
     """The base model's folder on this node, its tokenizer, and the tokens of the longest row that counts."""
     folder = fetch_model(run.model.path, run.data.endpoint_url, run.model.cache_path, os.environ)
+    check_memory(folder)
     tokenizer = load_tokenizer(folder)
     return folder, tokenizer, context_of(folder, tokenizer, run.train.max_length)
+
+
+def check_memory(folder: Path) -> None:
+    """Whether the ranks of this node can hold the model, each in fp32 and whole, before any of it goes to a device.
+
+    Raises:
+        ModelError: they can't: the kernel would kill them, at every start.
+    """
+    count, ranks = parameters(check_model(folder)), host.ranks_here()
+    need, there = FP32 * count * ranks, host.total()
+    if need > there:
+        raise ModelError(
+            f"{folder}: {count:,} parameters, loaded in fp32 by each of this node's {ranks} ranks, are "
+            f"{need / GIB:,.4g} GiB, expected at most the {there / GIB:,.4g} GiB that the node or the pod has; give "
+            "the pod more memory (the chart's resources.memoryGiB) or the node fewer ranks; an adapter does not help"
+        )
 
 
 def context_of(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:

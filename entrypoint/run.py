@@ -128,7 +128,12 @@ def build(run: Run, loaded: Loaded, world: World, story: Story | None) -> Sessio
     )
     course.evaluate = session.evaluate
     trainer.feed(
-        steps.sampler, rows, checkpoints=loaded.checkpoints, before_first_step=session.measure_base, best=session.best
+        steps.sampler,
+        rows,
+        checkpoints=loaded.checkpoints,
+        before_first_step=session.measure_base,
+        too_large=session.too_large,
+        best=session.best,
     )
     return session
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from entrypoint.conf import Grpo, Run
 from entrypoint.data.groups import Float32, Groups, Int64
-from entrypoint.errors import ConfigError
+from entrypoint.errors import ConfigError, TooLargeError
 from entrypoint.load import Loaded
 from entrypoint.sharing.check import settle
 from entrypoint.storage import note
@@ -24,7 +24,7 @@ from entrypoint.training.batches import Cost
 from entrypoint.training.build import Plan, compute_dtype
 from entrypoint.training.course import Course
 from entrypoint.training.evaluation import HeldOut, evaluate
-from entrypoint.training.memory import find_budget
+from entrypoint.training.memory import Budget, find_budget, out_of_memory
 from entrypoint.training.reference import ReferenceLogProbs
 from entrypoint.training.scoring import Scorer, inputs, sequences
 from entrypoint.watch import SHORTLY
@@ -53,6 +53,7 @@ class Session:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    budget: Budget | None = None  # of a micro-batch, where it was found
     evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step that was evaluated last
 
     def measure_base(self, model: nn.Module) -> None:
@@ -95,6 +96,10 @@ class Session:
         """Held-out accuracy, what the best checkpoint is the best in; None where this step was not evaluated."""
         step, metrics = self.evaluated
         return metrics["accuracy"] if step == self.trainer.state.global_step else None
+
+    def too_large(self) -> TooLargeError:
+        """What a step that ran out of memory ends with; the next start takes smaller micro-batches where it may."""
+        return out_of_memory(self.plan.sampler, self.budget)
 
     def _share_prompts(self, model: nn.Module) -> None:
         """Check on a group of the first step that sharing its prompt changes nothing; else compute it plainly.
@@ -140,7 +145,7 @@ class Session:
             finally:
                 bare.zero_grad(set_to_none=True)
 
-        self.plan.sampler.budget = find_budget(
+        self.budget = find_budget(
             compute,
             self.plan.sampler,
             groups,
@@ -157,6 +162,7 @@ class Session:
                 "gradient_checkpointing": self.run.train.gradient_checkpointing,
             },
         )
+        self.plan.sampler.budget = self.budget.tokens
 
     def _fill(self, reference: ReferenceLogProbs, groups: Groups, responses: Int64, model: nn.Module) -> None:
         with self._scoring(model, self.world) as scorer:

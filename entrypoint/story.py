@@ -1,6 +1,6 @@
 """The story of a run over all of its starts: `story.jsonl` in checkpoint.path, one line an event, and what it says.
 
-    launch     node 0's ranks are about to be started
+    launch     nodes; node 0's ranks are about to be started
     locked     another run holds the folder: this start never had it
     start      attempt, resume_step, world_size, restart_count; reached and reached_at: the start before it got so far
     ready      step: the steps begin
@@ -11,7 +11,7 @@
 
 Each has `time` (seconds since 1970), `run` (whose story it is: a folder may see others) and `launch` (which start of
 the node's launcher). Rank 0 writes them, node 0's launcher `launch` and an `end`, and each other node's an `end` where
-a rank of its own crashed.
+a rank of its own crashed or has lost another.
 """
 
 from __future__ import annotations

@@ -194,6 +194,9 @@ def joined(collective_timeout: int, watch: Watch | None = None) -> Iterator[Worl
                 f"{torch.cuda.device_count()}; start one rank a device"
             )
         torch.cuda.set_device(local_rank)
+        # On an H200 torch prefers cuDNN's attention, which builds a plan for each new length (0.4 to 0.5 s on a B200:
+        # github.com/modelscope/FunASR/issues/3704); a packed row's prompts have lengths of their own each time.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size == 1:
         # accelerate makes a process group and DDP even for a lone rank where it sees these.
         hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}

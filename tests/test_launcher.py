@@ -18,6 +18,7 @@ import pytest
 from entrypoint.errors import ConfigError
 from entrypoint.launch.topology import cuda_devices, free_port, read_topology, visible_devices
 from entrypoint.launch.verdict import Verdict, combine, report
+from entrypoint.story import Story
 
 DEADLINE = 60.0
 ROOT = Path(__file__).parent.parent
@@ -366,6 +367,18 @@ def test_a_node_with_a_reason_of_its_own_does_not_hold(launch: Launch, words: tu
 def test_a_lone_node_does_not_hold(launch: Launch) -> None:
     for word, code in (("hold", 75), ("exit=76", 76), ("crash=1", 1)):
         assert end(launch(f"0:{word}", hold="600"))[0] == code
+
+
+def test_an_abort_is_a_lost_machine_until_every_node_has_written_an_end(launch: Launch, tmp_path: Path) -> None:
+    for node, how in enumerate(("lost", "crash")):
+        assert end(launch("*:die=ABRT", **NODES, NODE_RANK=str(node), hold="0"))[0] == 134
+        assert [attempt.how for attempt in Story(tmp_path, "toy").attempts()] == [how]
+
+
+def test_a_node_of_which_nccl_aborted_one_rank_holds_since_the_others_may_meet_it_too(launch: Launch) -> None:
+    node = launch("2:die=ABRT", "3:exit=76", **NODES, NODE_RANK="1", ranks=2, hold="1")
+    code, _, err = end(node)
+    assert (code, f"{BOTH}, for up to 0.5 s" in err) == (134, True)
 
 
 def test_three_crashes_in_a_row_end_with_64_and_the_first_error(launch: Launch, tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from entrypoint import host
+from entrypoint.conf import Model, Run
 from entrypoint.errors import ModelError, RunError, StorageDownError
+from entrypoint.load import load_base
 from entrypoint.model.fetch import base_dtype, check_model, fetch_model, model_identity
 from tests.servers.s3 import S3Server
 
@@ -309,3 +312,32 @@ def test_a_cache_that_cannot_be_written_is_named(aws: S3Server, folder: Path, tm
     with pytest.raises(ModelError) as refused:
         fetch_model(url, aws.endpoint_url, str(tmp_path / "file" / "cache"), {})
     assert str(tmp_path / "file") in str(refused.value)
+
+
+def test_a_model_that_the_ranks_of_a_node_cannot_hold_is_refused_before_it_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 bytes a parameter, 10 million of them (a tensor of zeros that the disk doesn't hold), on each of two ranks."""
+    count = 10_000_000
+    header = json.dumps({"weight": {"dtype": "F16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * count)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(host, "total", lambda: 8 * count)
+    run = Run(model=Model(path=str(folder)))
+    load_base(run)
+    monkeypatch.setattr(host, "total", lambda: 8 * count - 1)
+    with pytest.raises(ModelError, match=r"10,000,000 parameters, .* each of this node's 2 ranks, are 0\.07451 GiB"):
+        load_base(run)
+
+
+def test_a_container_has_what_its_limit_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 MiB 3 are taken, one of them by a file that is only read; `max` is no limit."""
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    machine = host.total()
+    for name, text in (("memory.max", 4 << 20), ("memory.current", 3 << 20), ("memory.stat", "inactive_file 1048576")):
+        (tmp_path / name).write_text(f"{text}\n")
+    assert (host.total(), host.available()) == (4 << 20, 2 << 20)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.total() == machine

@@ -62,6 +62,23 @@ def test_how_a_start_ended(tmp_path: Path) -> None:
     assert [attempt.how for attempt in story.attempts()][-1] == "done"
 
 
+@pytest.mark.parametrize(("silent", "how"), [(0, "lost"), (1, "lost"), (2, "lost"), (None, "crash")])
+def test_ranks_that_nccl_has_aborted_have_lost_a_machine_where_a_node_left_no_word(
+    tmp_path: Path, silent: int | None, how: str
+) -> None:
+    """Where every node has written an end, no machine is lost: they abort by themselves, which is a crash."""
+    killed = {"error": "rank 3 was killed by SIGABRT"}
+    ends = [end(f"a{node}", 134, node=node, **killed) for node in range(3) if node != silent]
+    assert told(tmp_path, {"event": "launch", "launch": "a0", "nodes": 3}, start("a0"), *ends).attempts()[0].how == how
+
+
+def test_an_abort_beside_a_silent_node_hides_no_other_crash(tmp_path: Path) -> None:
+    launched: Line = {"event": "launch", "launch": "a", "nodes": 3}
+    ends = end("a", 134, node=0), end("b", 1, node=1, error="a bug")
+    assert told(tmp_path, launched, *ends).attempts()[0].how == "crash"
+    assert told(tmp_path, launched | {"nodes": 1}, end("a", 134, node=0)).attempts()[0].how == "crash"
+
+
 def test_whether_the_start_before_this_one_broke_off(tmp_path: Path) -> None:
     """A crash, or no word at all, which may have been a kill for want of memory; a notice is neither."""
     for ends, broke_off in (([], True), ([end("a", 1, node=0)], True), ([end("a", 75)], False)):

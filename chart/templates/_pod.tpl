@@ -159,6 +159,7 @@ fitted beside another that waits, and no node is made. */}}
 - {name: TORCH_NCCL_ASYNC_ERROR_HANDLING, value: "1"}
 - {name: TORCH_NCCL_DUMP_ON_TIMEOUT, value: "1"}
 - {name: TORCH_FR_BUFFER_SIZE, value: "20000"}
+- {name: PYTORCH_ALLOC_CONF, value: "expandable_segments:True"} # rows of another length each time would fragment memory
 {{- end }}
 {{- if ne (include "tuning.pod.efa" .root) "0" }}
 - {name: FI_EFA_USE_HUGE_PAGE, value: "0"}

@@ -87,6 +87,13 @@ class Checkpoints:
 
     # Save ------------------------------------------------------------------------------------------------------------
 
+    def reserve(self, model: nn.Module, optimizer: Any) -> None:
+        """Allocate what saves copy into, once the optimiser has made a step; every rank comes.
+
+        Page-locking is not quick: the first save may be one that a notice leaves little time for.
+        """
+        self._staging.reserve(self._state(model, optimizer))
+
     def save(
         self, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState, *, best: float | None = None
     ) -> None:
@@ -107,8 +114,7 @@ class Checkpoints:
             return
         if self._writer is None:
             self._writer = Writer(self.folder, self._group(), self.check)
-        rank, size = self.world.rank, self.world.size
-        staged = self._staging.copy(own_share(get_state(model, optimizer, rank=rank), rank=rank, size=size))
+        staged = self._staging.copy(self._state(model, optimizer))
         documents = {}
         if self.world.is_main:
             documents[SCHEDULER] = json.dumps(scheduler.state_dict())
@@ -154,6 +160,11 @@ class Checkpoints:
             find.prune(self.folder, keep=self.keep, spare=self.mirror.uploading if self.mirror else None)
         except OSError as error:
             self.world.warn(f"{self.folder}: an older checkpoint can't be removed ({error})")
+
+    def _state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """What this rank saves; its tensors are the model's own."""
+        rank = self.world.rank
+        return own_share(get_state(model, optimizer, rank=rank), rank=rank, size=self.world.size)
 
     def _group(self) -> dist.ProcessGroup | None:
         """All ranks on CPU, for the writers' threads alone."""

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from entrypoint.attempts import ABORTED
 from entrypoint.errors import EXIT_DONE, EXIT_LOST, EXIT_REFUSED, EXIT_STOPPED
 from entrypoint.launch.rank_process import LAUNCH_VARIABLE
 from entrypoint.launch.ranks import STOP_SIGNALS, Ranks, say
@@ -71,7 +72,7 @@ def launch(
         if topology.node_rank == 0:
             if _told_in_pause(wakeup, *restarts.pause()):
                 return EXIT_STOPPED
-            restarts.begin()
+            restarts.begin(topology.nodes)
     ranks = Ranks(grace, patience, kill_after)
     try:
         ranks.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)
@@ -107,11 +108,12 @@ def _hold_time(verdict: Verdict, topology: Topology, hold: float, *, one: bool) 
     where its own ranks ended, half a share later where it has only lost another's, and at the end of `hold` where
     another was told to stop, or could not reach its storage. After 0 and 64 nothing is started again. A node that
     was told is the first to leave, and so is one of whose ranks `one` was killed: that is no end that all nodes meet.
+    An abort is none of these: NCCL's watchdog brings it to some of the ranks of every node that has lost another.
     """
     node, share = topology.node_rank, hold / topology.nodes
     if topology.nodes == 1 or verdict.told or verdict.code in (EXIT_DONE, EXIT_REFUSED):
         return 0.0, ""
-    if one and verdict.code > 128:
+    if one and verdict.code > 128 and verdict.code != ABORTED:
         return 0.0, ""
     if verdict.code == EXIT_LOST:
         return share * (node + 0.5), "a rank of another node crashed or is lost: this node holds"

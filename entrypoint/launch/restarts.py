@@ -67,9 +67,9 @@ class Restarts:
         count = len(row) if self.count is None else max(1, self.count)
         return min(LONGEST_PAUSE, 2.0 ** min(count, 10)), row[-1].error
 
-    def begin(self) -> None:
+    def begin(self, nodes: int) -> None:
         """Write down that ranks are started: a container that is killed as a whole leaves no other line."""
-        self.story.append("launch")
+        self.story.append("launch", nodes=nodes)
 
     def note(self, verdict: Verdict, topology: Topology, *, told: bool) -> None:
         """Write down how this node's ranks ended, and whether they had been `told` to stop."""

@@ -142,6 +142,11 @@ def model_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def parameters(headers: Mapping[str, Header]) -> int:
+    """Parameters of the weights files with these headers."""
+    return sum(math.prod(tensor["shape"]) for header in headers.values() for tensor in header.values())
+
+
 def base_dtype(folder: Path) -> str:
     """The model's dtype, `float32`, `bfloat16` or `float16`: what config.json says, else what most of its bytes are.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from entrypoint.conf import Lora, Model
 from entrypoint.errors import ModelError
 from entrypoint.model.fetch import list_model
-from entrypoint.model.folder import PARTS, Header, check_model, check_parts, header_of
+from entrypoint.model.folder import PARTS, Header, check_model, check_parts, header_of, parameters
 from entrypoint.storage import explained, is_s3, local_path, s3
 
 BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments, all in fp32
@@ -35,8 +35,8 @@ class BaseModel:
             ModelError: it can't be read or can't be trained.
         """
         sizes, headers = self._looked_at
-        count = sum(_parameters(header) for header in headers.values())
-        return f"{self._path}: {len(sizes)} files, {gigabytes(sum(sizes.values()))}, {count:,} parameters"
+        size = gigabytes(sum(sizes.values()))
+        return f"{self._path}: {len(sizes)} files, {size}, {parameters(headers):,} parameters"
 
     @property
     def saved_bytes(self) -> int:
@@ -45,9 +45,8 @@ class BaseModel:
         Raises:
             ModelError: as `check`.
         """
-        headers = self._looked_at[1].values()
-        count = sum(_adapter(header, self._lora) if self._lora.enabled else _parameters(header) for header in headers)
-        return BYTES_A_PARAMETER * count
+        headers = self._looked_at[1]
+        return BYTES_A_PARAMETER * (_adapter(headers, self._lora) if self._lora.enabled else parameters(headers))
 
     @cached_property
     def _looked_at(self) -> tuple[dict[str, int], dict[str, Header]]:
@@ -89,11 +88,8 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _parameters(header: Header) -> int:
-    return sum(math.prod(tensor["shape"]) for tensor in header.values())
-
-
-def _adapter(header: Header, lora: Lora) -> int:
+def _adapter(headers: Mapping[str, Header], lora: Lora) -> int:
     """Parameters of an adapter on every linear layer: rank x (in + out) each."""
-    matrices = [tensor["shape"] for name, tensor in header.items() if not NOT_LINEAR.search(name)]
+    tensors = [item for header in headers.values() for item in header.items()]
+    matrices = [tensor["shape"] for name, tensor in tensors if not NOT_LINEAR.search(name)]
     return sum(lora.rank * sum(shape) for shape in matrices if len(shape) == 2)

@@ -2,6 +2,7 @@
 
 Batches of the run's longest rows, each of twice the tokens, are computed while the next one can be expected to fit. The
 answer is kept beside the checkpoints: a restart on such machines cuts its batches alike, and so computes the same.
+Where a step runs out of memory all the same, it becomes half of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from entrypoint import host
 from entrypoint.data.groups import Groups
-from entrypoint.errors import TooLargeError
+from entrypoint.errors import NoRoomError, TooLargeError
 from entrypoint.storage import note, write_atomically
 from entrypoint.training.batches import Cost, StepSampler
 from entrypoint.world import World
@@ -30,8 +33,63 @@ FIRST = 2048  # tokens that are taken to fit anywhere
 STEPS = 100  # of the first epoch, looked at for the most that a rank has to compute in a step
 ROOM = 0.85  # of the free memory; the rest is for what the allocator can't use and for what the loss adds
 GROWTH = 1.2  # attention grows faster than its tokens do
-INFINITE = 2**63
-MOMENTS = 8  # bytes that AdamW adds for a trained parameter
+WAITING = 12  # bytes a trained parameter: AdamW's moments, and the gradient that waits for the next micro-batch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of a micro-batch, the same on every rank, and where the next start finds them.
+
+    Attributes:
+        setting: what they depend on.
+    """
+
+    tokens: int
+    path: Path
+    setting: dict[str, Any]
+
+    def lower(self, tokens: int) -> None:
+        """Have the next start take `tokens`; on any number of ranks, alike.
+
+        Raises:
+            OSError: it can't be written down: the next start would end as this one.
+        """
+        write_atomically(self.path, _content(self.setting, tokens, finished=True))
+
+
+def out_of_memory(sampler: StepSampler, budget: Budget | None) -> TooLargeError:
+    """What a step that ran out of memory ends with; a budget that was found is lowered first.
+
+    Args:
+        budget: None where the user has given it, or where it is not found yet.
+    """
+    tokens, least = sampler.budget, _uncut(sampler)
+    if tokens <= least:
+        return NoRoomError(
+            f"train.max_length: a step ran out of memory, and a smaller train.micro_batch_tokens than {tokens:,} would "
+            f"not help, since what is computed together has up to {least:,}; lower train.max_length, give the run more "
+            "devices (train.sharding=fsdp), or train an adapter (model.lora.enabled=true)"
+        )
+    if budget is None:
+        return NoRoomError(
+            f"train.micro_batch_tokens: a step ran out of memory with {tokens} tokens a forward pass; write a smaller "
+            f"number, {least} or more, or auto"
+        )
+    lower = max(tokens // 2, least)
+    budget.lower(lower)
+    return TooLargeError(
+        f"train.micro_batch_tokens=auto: a step ran out of memory with {tokens:,} tokens a forward pass; start the "
+        f"same command again, it takes {lower:,}"
+    )
+
+
+def _uncut(sampler: StepSampler) -> int:
+    """The most tokens that a forward pass has under the smallest of budgets: of a response, or a pair."""
+    units, cost = sampler.units, sampler.cost
+    together = units.responses.reshape(-1, units.atom)
+    rows, prompts = cost.row[together], cost.prompt[together[:, 0]]
+    tokens = rows.sum(axis=1) - (units.atom - 1) * prompts if cost.shared else units.atom * rows.max(axis=1)
+    return int(tokens.max())
 
 
 def find_budget(
@@ -46,8 +104,8 @@ def find_budget(
     folder: Path,
     setting: dict[str, Any],
     broke_off: bool = False,
-) -> int:
-    """Tokens of a micro-batch, the same on every rank.
+) -> Budget:
+    """The most tokens of a micro-batch that fit.
 
     Args:
         compute: forward and backward over some responses; leaves no gradient behind.
@@ -64,13 +122,13 @@ def find_budget(
         OSError: and that can't be written down.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
-    machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": _ranks_here()}
+    machine = {"device": _name(device), "memory": _total(device), "ranks": world.size, "ranks_here": host.ranks_here()}
     own = setting | machine | {"shared": sampler.cost.shared, "most": most}
     setting = world.once(lambda: own)
     known: int | None = world.once(lambda: _read(folder / FILE, setting, broke_off=broke_off))
     if known is not None:
         world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
-        return known
+        return Budget(known, folder / FILE, setting)
     best = size = FIRST
     _write(world, folder, setting, best, finished=False)
     tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
@@ -82,14 +140,14 @@ def find_budget(
             need, free = _measured(partial(compute, batch), device)
         except torch.OutOfMemoryError as error:
             if collective:
-                write_atomically(folder / FILE, _content(setting, best, finished=True))  # else all starts end here
+                Budget(best, folder / FILE, setting).lower(best)  # else all starts end here
                 raise TooLargeError(
                     f"train.micro_batch_tokens=auto: a forward pass over {computed:,} tokens ran out of memory; "
                     f"start the same command again, it takes {best:,}"
                 ) from error
             need, free = math.inf, 1.0
         # The fullest rank decides for all, and before any of them is too full.
-        share = world.most((need + MOMENTS * parameters) / max(free, 1.0))
+        share = world.most((need + WAITING * parameters) / max(free, 1.0))
         if share <= ROOM:
             best = size
             _write(world, folder, setting, best, finished=False)
@@ -97,7 +155,7 @@ def find_budget(
         tokens, used = computed, share
     _write(world, folder, setting, best, finished=True)
     world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
-    return best
+    return Budget(best, folder / FILE, setting)
 
 
 def _longest(cost: Cost, groups: Groups, tokens: int) -> list[int]:
@@ -125,9 +183,9 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[float, fl
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     except OSError:  # a sandbox without it: nothing larger than FIRST is known to fit
         return math.inf, 1.0
-    resident, available = proc_bytes("self/status", "VmRSS"), _available()
+    resident, available = host.proc_bytes("self/status", "VmRSS"), host.available()
     work()
-    return proc_bytes("self/status", "VmHWM") - resident, available / _ranks_here()
+    return host.proc_bytes("self/status", "VmHWM") - resident, available / host.ranks_here()
 
 
 def _give_back() -> None:
@@ -138,39 +196,10 @@ def _give_back() -> None:
         trim(0)
 
 
-def proc_bytes(file: str, name: str) -> int:
-    """Bytes of a line of a file in /proc, `name: … kB`."""
-    lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
-def _available() -> int:
-    """Bytes that this machine, or this container where it has less, can still give."""
-    found = proc_bytes("meminfo", "MemAvailable")
-    limit = _limit()
-    if limit is None:
-        return found
-    # Pages of files that are only read, such as the model and the traces, are given back when they are needed.
-    group = Path("/sys/fs/cgroup")
-    cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", "0")
-    return min(found, limit - int((group / "memory.current").read_text()) + int(cached))
-
-
 def _total(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(proc_bytes("meminfo", "MemTotal"), _limit() or INFINITE)
-
-
-def _limit() -> int | None:
-    """Bytes that this container may have (cgroup v2); None without a limit."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return None if text == "max" else int(text)
-
-
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host.total()
 
 
 def _name(device: torch.device) -> str:

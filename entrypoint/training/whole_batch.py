@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from entrypoint.checkpoint import Checkpoints
-from entrypoint.errors import DivergedError
+from entrypoint.errors import DivergedError, TooLargeError
 from entrypoint.sharing.forward import SharedPrompts
 from entrypoint.training.batches import MicroBatch, Step, StepSampler
 from entrypoint.training.clock import Clock, throughput
@@ -43,6 +43,7 @@ class WholeBatch:
         *,
         checkpoints: Checkpoints,
         before_first_step: Callable[[nn.Module], None],
+        too_large: Callable[[], TooLargeError],
         best: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Where the steps come from.
@@ -52,17 +53,19 @@ class WholeBatch:
             rows: collates a `MicroBatch`.
             checkpoints: saves and restores the run's state.
             before_first_step: called with the prepared model while it still is the base model.
+            too_large: called where the device has no memory for a step; gives what the run ends with.
             best: how good the policy is, where it was evaluated at the present step.
         """
         self._sampler = sampler
         self._rows = rows
         self._checkpoints = checkpoints
         self._before_first_step = before_first_step
+        self._too_large = too_large
         self._best = best
         self._sums: dict[str, tuple[float, float]] = {}  # metric of this step: weighted sum, weight
         self._steps: list[Step] = []  # since the last line of metrics
         self._clock = Clock(self.args.device)
-        self.add_callback(_AfterOptimizer(self._clock))
+        self.add_callback(_AfterOptimizer(self._clock, self._reserve))
 
     # The step ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +206,17 @@ class WholeBatch:
 
     # Start and resume ------------------------------------------------------------------------------------------------
 
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            TooLargeError: on a rank that ran out of memory; the others may be in any collective, and hear of it.
+        """
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        except torch.OutOfMemoryError as error:
+            raise self._too_large() from error
+
     def _prepare_for_training(self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """After wrapping, the model still is the base: the moment for the reference pass. Then the checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
@@ -223,6 +237,11 @@ class WholeBatch:
         self._checkpoints.save(model, self.optimizer, self.lr_scheduler, self.state, best=self._best())
         self._clock.enter("other")
 
+    def _reserve(self: Any) -> None:
+        """After the first step: then the optimiser has moments."""
+        self._clock.enter("checkpoint")
+        self._checkpoints.reserve(self.model_wrapped, self.optimizer)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing before wrapping: see `_prepare_for_training`."""
 
@@ -231,12 +250,16 @@ class WholeBatch:
 
 
 class _AfterOptimizer(TrainerCallback):
-    """What comes between two steps is none of them."""
+    """What comes between two steps is none of them; after this start's first one, `first` is called."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, first: Callable[[], None]) -> None:
         self.clock = clock
+        self.first: Callable[[], None] | None = first
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        first, self.first = self.first, None
+        if first:
+            first()
         self.clock.enter("other")
 
 

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from entrypoint.demo.model import unpack_model
-from entrypoint.training.memory import proc_bytes
+from entrypoint.host import proc_bytes
 from tests.bench.bench_step import THREADS, read_peak, release, reset_peak
 from tests.bench.sides import Ours, Shape, Side, stock
 

@@ -45,7 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
 from entrypoint.demo.model import unpack_model
-from entrypoint.training.memory import proc_bytes
+from entrypoint.host import proc_bytes
 from tests.bench.sides import Ours, Shape, Side, compact, now, stock
 from tests.tiny import tiny_model
 

@@ -10,17 +10,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from entrypoint.checkpoint import Saved, reader
 from entrypoint.checkpoint.manifest import MANIFEST, Manifest
 from entrypoint.checkpoint.state import own_share
+from entrypoint.conf import Grpo
 from entrypoint.errors import CheckpointError
 from tests.checkpoint.states import State, checkpoints
 from tests.e2e.runs import wait_until
 from tests.process import ROOT, scrubbed
+from tests.trainers.builders import make_run, make_trainer
+from tests.trainers.sample_groups import ragged_groups
 
 
 def test_a_loaded_state_takes_the_straight_course(tmp_path: Path) -> None:
@@ -41,6 +46,26 @@ def test_a_loaded_state_takes_the_straight_course(tmp_path: Path) -> None:
     again.steps(3)
     assert torch.equal(again.weight, straight.weight)
     assert again.scheduler.state_dict() == straight.scheduler.state_dict()
+
+
+def test_what_a_save_copies_into_is_allocated_after_the_first_step(tiny: Path, tmp_path: Path) -> None:
+    """Long before a notice can make a save urgent; the save after step 2 allocates nothing more."""
+    run = make_run(Grpo(), tmp_path, max_steps=3, save_every=2)
+    trainer, _ = make_trainer(run, tiny, ragged_groups(8))
+    seen: list[dict[str, int]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            buffers = trainer._checkpoints._staging._buffers
+            seen.append({name: buffer.data_ptr() for name, buffer in buffers.items()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    trainer._checkpoints.wait()
+    assert sum(name.endswith((".exp_avg", ".exp_avg_sq")) for name in seen[0]) == 2 * len(
+        list(trainer.model.parameters())
+    )
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_what_training_does_meanwhile_is_not_in_it(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def make_trainer(
 
     checkpoints = Checkpoints(folder, keep=5, fingerprint={"run": "test"}, world=world)
     loaded = SimpleNamespace(traces=SimpleNamespace(train=groups), checkpoints=checkpoints, fingerprint={})
-    session: Any = SimpleNamespace(run=run, loaded=loaded, world=world, trainer=trainer, plan=steps, pad=0, story=None)
+    session: Any = SimpleNamespace(
+        run=run, loaded=loaded, world=world, trainer=trainer, plan=steps, pad=0, story=None, budget=None
+    )
 
     def before(prepared: Any) -> None:
         if run.train.micro_batch_tokens == "auto":
@@ -62,7 +64,13 @@ def make_trainer(
             scoring = scorer(forward, budget=steps.sampler.budget, world=world, shared=steps.sampler.cost.shared)
             known.compute(scoring, groups, steps.sampler.visited(steps.steps))
 
-    trainer.feed(steps.sampler, rows, checkpoints=checkpoints, before_first_step=before)
+    trainer.feed(
+        steps.sampler,
+        rows,
+        checkpoints=checkpoints,
+        before_first_step=before,
+        too_large=lambda: Session.too_large(session),
+    )
     return trainer, steps
 
 

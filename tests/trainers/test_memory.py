@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from entrypoint import host
+from entrypoint.data.pairs import Pairs
 from entrypoint.errors import TooLargeError
 from entrypoint.training import memory
-from entrypoint.training.batches import Cost, StepSampler, group_units
+from entrypoint.training.batches import Cost, StepSampler, group_units, pair_units
 from tests.trainers.builders import ALONE
 from tests.trainers.sample_groups import ragged_groups
 from tests.trainers.train_rank import LEAST, run_ranks
@@ -29,12 +33,12 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> StepSampler:
     return made
 
 
-def find(sampler: StepSampler, folder: Path, tried: list[int], *, broke_off: bool = False) -> int:
+def find(sampler: StepSampler, folder: Path, tried: list[int], *, broke_off: bool = False, parameters: int = 0) -> int:
     def compute(responses: list[int]) -> None:
         tried.append(sampler.cost.of(responses))
         np.ones(tried[-1] * TOKEN, np.uint8).sum()  # every page of it is touched
 
-    return search(compute, sampler, folder, broke_off=broke_off)
+    return search(compute, sampler, folder, broke_off=broke_off, parameters=parameters)
 
 
 def search(
@@ -44,19 +48,20 @@ def search(
     *,
     collective: bool = False,
     broke_off: bool = False,
+    parameters: int = 0,
 ) -> int:
     return memory.find_budget(
         compute,
         sampler,
         GROUPS,
-        parameters=0,
+        parameters=parameters,
         device=torch.device("cpu"),
         world=ALONE,
         collective=collective,
         folder=folder,
         setting=SETTING,
         broke_off=broke_off,
-    )
+    ).tokens
 
 
 def test_twice_the_tokens_are_tried_until_the_next_would_not_fit(
@@ -64,11 +69,21 @@ def test_twice_the_tokens_are_tried_until_the_next_would_not_fit(
 ) -> None:
     """Of 700 tokens' room 85 % are used, 595: after 128 and 256 tokens 512 are expected to need 256 + 1.2 x 256 = 563,
     which fits; after 512 twice as many do not."""
-    monkeypatch.setattr(memory, "_available", lambda: 700 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 700 * TOKEN)
     tried: list[int] = []
     assert find(sampler, tmp_path, tried) == 512
     assert [1 << (n - 1).bit_length() for n in tried] == [128, 256, 512]
     assert all(n <= wanted for n, wanted in zip(tried, [128, 256, 512], strict=True))
+
+
+@pytest.mark.parametrize(("parameters", "fits"), [(30, 128), (41, 64)])
+def test_the_moments_and_the_gradient_that_waits_lie_beside_a_batch(
+    sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: int, fits: int
+) -> None:
+    """12 bytes a parameter: of 595 tokens' room 128 and 360 fit, 128 and 492 don't; with the moments alone, 328, they
+    would."""
+    monkeypatch.setattr(host, "available", lambda: 700 * TOKEN)
+    assert find(sampler, tmp_path, [], parameters=parameters * TOKEN) == fits
 
 
 def test_a_step_that_is_small_is_never_cut(sampler: StepSampler, tmp_path: Path) -> None:
@@ -81,9 +96,9 @@ def test_a_step_that_is_small_is_never_cut(sampler: StepSampler, tmp_path: Path)
 def test_a_restart_on_the_same_machine_cuts_alike_without_trying(
     sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: 400 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 400 * TOKEN)
     first = find(sampler, tmp_path, [])
-    monkeypatch.setattr(memory, "_available", lambda: 4000 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 4000 * TOKEN)
     tried: list[int] = []
     assert find(sampler, tmp_path, tried) == first
     assert tried == []
@@ -93,7 +108,7 @@ def test_a_restart_on_the_same_machine_cuts_alike_without_trying(
 
 
 def test_no_room_at_all_leaves_the_least(sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: 10 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 10 * TOKEN)
     assert find(sampler, tmp_path, []) == 64
 
 
@@ -104,7 +119,7 @@ def test_memory_that_the_process_has_freed_is_no_room(
     nothing."""
     blocks = [np.ones(2**16, np.uint8) for _ in range(2**14)]
     del blocks[:-1]
-    monkeypatch.setattr(memory, "_available", lambda: 10 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 10 * TOKEN)
     assert find(sampler, tmp_path, []) == 64
     assert len(blocks) == 1
 
@@ -123,7 +138,7 @@ def test_a_run_killed_while_it_tries_starts_again_with_what_fits_anywhere(
     sampler: StepSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where that may have been for want of memory; after a notice it tries again."""
-    monkeypatch.setattr(memory, "_available", lambda: 400 * TOKEN)
+    monkeypatch.setattr(host, "available", lambda: 400 * TOKEN)
 
     def killed(responses: list[int]) -> None:
         raise KeyboardInterrupt
@@ -173,6 +188,57 @@ def test_under_fsdp_ranks_that_run_out_of_memory_leave_together(tiny: Path, tmp_
     again = run_ranks(2, tiny, tmp_path, [case])
     assert [code for code, _ in again] == [0, 0], again[0][1]
     assert f"{2 * LEAST} tokens a forward pass, as found before" in again[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["fsdp:late", "late"])
+def test_a_step_that_runs_out_of_memory_has_the_next_start_take_half(tiny: Path, tmp_path: Path, options: str) -> None:
+    """All ranks leave with 75, and the run goes on from its newest checkpoint."""
+    case = "run:grpo:grpo:auto:" + options.partition("late")[0].rstrip(":")
+    first, second = run_ranks(2, tiny, tmp_path, [f"run:grpo:grpo:auto:{options}"])
+    assert (first[0], second[0]) == (75, 75), first[1]
+    had, takes = told_to_start_again(first[1])
+    assert takes == had // 2 > LEAST
+    assert "Traceback" not in first[1] + second[1]
+    again = run_ranks(2, tiny, tmp_path, [case])
+    assert [code for code, _ in again] == [0, 0], again[0][1]
+    assert f"{takes} tokens a forward pass, as found before" in again[0][1]
+    assert [entry["step"] for entry in torch.load(tmp_path / "run.pt")["logs"]] == list(range(1, 9))
+
+
+def told_to_start_again(text: str) -> tuple[int, int]:
+    pattern = r"=auto: a step ran out of memory with (\d+) tokens .*; start the same command again, it takes (\d+)"
+    had, takes = map(int, re.search(pattern, text).groups())  # type: ignore[union-attr]
+    return had, takes
+
+
+@pytest.mark.slow
+def test_a_budget_that_was_given_is_the_users_to_lower(tiny: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, tiny, tmp_path, ["run:grpo:grpo:300:fsdp:late"])
+    assert (first[0], second[0]) == (64, 64), first[1]
+    assert "entrypoint: train.micro_batch_tokens: a step ran out of memory with 300 tokens a forward pass" in first[1]
+    assert not list(tmp_path.rglob(memory.FILE))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_below_what_is_computed_together_a_smaller_budget_does_not_help(
+    sampler: StepSampler, tmp_path: Path, *, shared: bool, pairs: bool
+) -> None:
+    """From there on it is the rows that are too long: 64, else the run would start again for ever."""
+    if pairs:
+        sampler.units = pair_units(GROUPS, Pairs(np.array([0, 3]), np.array([0, 1]), np.array([1, 0]), 0))
+    sampler.cost = Cost(GROUPS, shared=shared)
+    atoms = [atom for unit in range(len(sampler.units)) for atom in sampler.units.atoms(unit)]
+    least = max(map(sampler.cost.of, atoms))
+    ends = []
+    sampler.budget = 3 * least
+    while not ends or ends[-1].exit_code == 75:
+        ends.append(memory.out_of_memory(sampler, memory.Budget(sampler.budget, tmp_path / memory.FILE, SETTING)))
+        sampler.budget = json.loads((tmp_path / memory.FILE).read_text())["tokens"]
+    assert [str(end).rpartition(" ")[2] for end in ends[:-1]] == [f"{3 * least // 2:,}", f"{least:,}"]
+    assert f"what is computed together has up to {least:,}; lower train.max_length" in str(ends[-1])
+    assert ends[-1].exit_code == 64
 
 
 def test_a_damaged_answer_is_found_again(sampler: StepSampler, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """One rank of a test run: `python -m tests.trainers.train_rank TINY OUT CASE…`; rank 0 writes what each step did.
 
-A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16][:full][:short[=all]]; its numbers go to
-OUT/NAME.pt: loss and gradient norm of every step, the gradient before clipping and the weights, each as one flat
+A case is NAME:METHOD:LOSS:BUDGET[:from=FOLDER][:lora][:fsdp][:bf16][:full][:short[=all]][:late[=all]]; its numbers go
+to OUT/NAME.pt: loss and gradient norm of every step, the gradient before clipping and the weights, each as one flat
 vector, and the ranks' budgets. Where BUDGET is auto, LEAST tokens fit anywhere; `full`: rank 1's machine has no memory
-left; `short`: rank 1 (or each) runs out of memory in the middle of a forward pass over more than twice as many.
+left; `short`: rank 1 (or each) runs out of memory in the middle of a forward pass over more than twice as many; `late`:
+in the sixth step, whatever it computes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from entrypoint import host
 from entrypoint.command import explain
 from entrypoint.conf import Dpo, Grpo
 from entrypoint.errors import RunError
@@ -34,7 +36,7 @@ from tests.trainers.sample_groups import ragged_groups
 
 STEPS = 8
 LEAST = 40  # tokens
-AVAILABLE = memory._available
+AVAILABLE = host.available
 
 
 def run_ranks(world: int, tiny: Path, out: Path, cases: Sequence[str]) -> list[tuple[int, str]]:
@@ -82,9 +84,11 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
         precision=precision,
     )
     trainer, plan = make_trainer(run, tiny, ragged_groups(13, logged=method == "grpo"), world=world)
-    memory._available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
-    if given.get("short") == "all" or ("short" in options and world.rank):
-        trainer.model.model.layers[1].register_forward_pre_hook(run_out, with_kwargs=True)
+    host.available = (lambda: 0) if "full" in options and world.rank else AVAILABLE
+    hooks = {"short": run_out, "late": lambda layer, *_: run_out_in(layer, trainer.state.global_step)}
+    for option, hook in hooks.items():
+        if given.get(option) == "all" or (option in options and world.rank == world.size - 1):
+            trainer.model.get_submodule("model.layers.1").register_forward_pre_hook(hook, with_kwargs=True)
     gradients: list[torch.Tensor] = []
     weights: list[torch.Tensor] = []
     clip = trainer._clip_grad_norm
@@ -118,6 +122,11 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
 
 def run_out(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if layer.training and (args or [kwargs["hidden_states"]])[0].shape[1] > 2 * LEAST:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def run_out_in(layer: Any, step: int) -> None:
+    if layer.training and step == 5:
         raise torch.OutOfMemoryError("out of memory")
 
 
