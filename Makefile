@@ -80,8 +80,8 @@ format: setup ## Mend what the linter can mend, and format.
 	@$(PYTHON) -m ruff format .
 
 .PHONY: typecheck
-typecheck: setup ## mypy --strict over the package.
-	@$(PYTHON) -m mypy --strict entrypoint
+typecheck: setup ## mypy --strict over the package and its tests.
+	@$(PYTHON) -m mypy --strict entrypoint tests
 
 .PHONY: schema-check
 schema-check: setup ## Fail if a committed schema is not the one that the dataclasses and chart/values.yaml give.

@@ -46,7 +46,7 @@ def scrubbed(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
 
 
 def run_entrypoint(
-    *args: str,
+    *args: str | Path,
     env: Mapping[str, str | None] | None = None,
     module: str = "entrypoint",
     cwd: Path | None = None,

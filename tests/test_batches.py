@@ -13,7 +13,9 @@ from entrypoint.training.batches import Cost, MicroBatch, StepSampler, deal, gro
 from tests.trainers.sample_groups import ragged_groups
 
 
-def sampler(groups: Groups, *, batch_size: int = 4, rank: int = 0, world: int = 1, budget: int = 100, **kwargs: int):
+def sampler(
+    groups: Groups, *, batch_size: int = 4, rank: int = 0, world: int = 1, budget: int = 100, **kwargs: int
+) -> StepSampler:
     units = group_units(groups)
     seed = kwargs.get("seed", 42)
     return StepSampler(groups, units, batch_size=batch_size, seed=seed, budget=budget, rank=rank, world_size=world)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -399,7 +399,7 @@ def test_any_bytes_are_a_run_or_a_refusal(here: Path, content: bytes) -> None:
 def test_any_value_of_a_key_is_a_run_or_a_refusal(here: Path, name: str, value: object) -> None:
     """With the checks between keys, which open no connection whatever the value is."""
     places = {"data": {"path": f"{here}/traces"}, "model": {"path": f"{here}/base"}, "output": {"path": f"{here}/out"}}
-    tree: dict[str, dict[str, object]] = {"method": {"name": "dpo"}, **places}
+    tree: dict[str, Mapping[str, object]] = {"method": {"name": "dpo"}, **places}
     group, *middle, leaf = name.split(".")
     tree[group] = {**tree.get(group, {}), **({middle[0]: {leaf: value}} if middle else {leaf: value})}
 

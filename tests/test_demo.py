@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -47,7 +48,10 @@ def rows() -> list[dict[str, Any]]:
 
 def rule_of(row: dict[str, Any]) -> Rule:
     """The rule that a row carries, from JSON."""
-    return Rule(**{key: tuple(value) if isinstance(value, list) else value for key, value in row["rule"].items()})
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row["rule"].items()
+    }
+    return Rule(**fields)
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -346,7 +350,7 @@ def test_a_rerun_replaces_an_earlier_demo_and_nothing_else(
 
 def test_a_subprocess_killed_by_a_signal_gives_the_shells_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/sh")
-    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": -9})())
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": -9})())
     with pytest.raises(demo.StepFailed) as failed:
         demo._run("grpo", "entrypoint", [])
     assert failed.value.code == 137

@@ -115,7 +115,7 @@ def test_two_scores_against_each_other(tmp_path: Path) -> None:
     2.08 − 6·.533333² = .373333 and 2.37 − 6·.516667² = .768333: correlation .396667/√(.373333·.768333) = .740632.
     Differences .1 .1 0 .1 .4 .4 have the mean 1.1/6. A null, NaN or infinite score is none.
     """
-    scores = {
+    scores: dict[str, list[tuple[float | None, float]]] = {
         "A": [(0.9, 0.8), (0.8, 0.9), (0.3, 0.3), (0.2, 0.1)],
         "B": [(0.5, 0.9), (0.5, 0.1)],
         "C": [(None, 0.1), (0.2, float("nan")), (float("inf"), 0.3)],

@@ -130,7 +130,7 @@ def probes(key: Key) -> list[Any]:
     """Values of every type, and those on and beside each bound."""
     bounds = [bound for bound in (key.minimum, key.maximum, key.above, key.below) if bound is not None]
     beside = [bound + step for bound in bounds for step in (-1, -1e-6, 0, 1e-6, 1)]
-    plain = [
+    plain: list[Any] = [
         None,
         True,
         False,

@@ -137,7 +137,7 @@ def compare(lake: Path, rows: int) -> float:
         (plain_wall, plain_cpu), (our_wall, our_cpu) = (
             [statistics.median(column) for column in zip(*rounds, strict=True)] for rounds in (plain, ours)
         )
-        ratio = our_wall / plain_wall
+        ratio: float = our_wall / plain_wall
         print(f"plain scan   {plain_wall:7.2f} s   (CPU {plain_cpu:.2f} s)")
         print(f"index        {our_wall:7.2f} s   (CPU {our_cpu:.2f} s)   median of {ROUNDS}, interleaved")
         print(f"ratio        {ratio:7.2f}     (CPU {our_cpu / plain_cpu:.2f}), limit {LIMIT}")

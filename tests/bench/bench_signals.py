@@ -67,7 +67,7 @@ def stop(model: Path, folder: Path, cache: Path) -> tuple[float, float, float]:
         "train.eval_pairs": 8,
     }
     run = subprocess.Popen(
-        [sys.executable, "-m", "entrypoint", "--config-dir", DEMO, "--config-name", "grpo"]
+        [sys.executable, "-m", "entrypoint", "--config-dir", str(DEMO), "--config-name", "grpo"]
         + [f"{key}={value}" for key, value in settings.items()],
         env={**os.environ, "LOCAL_WORLD_SIZE": "2"},
         stdout=subprocess.DEVNULL,

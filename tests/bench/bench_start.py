@@ -59,7 +59,7 @@ def seconds_to_step(step: int, model: Path, out: Path, cache: Path) -> float:
     }
     began = time.time()
     subprocess.run(
-        [sys.executable, "-m", "entrypoint", "--config-dir", DEMO, "--config-name", "grpo"]
+        [sys.executable, "-m", "entrypoint", "--config-dir", str(DEMO), "--config-name", "grpo"]
         + [f"{name}={value}" for name, value in settings.items()],
         check=True,
         capture_output=True,

@@ -123,9 +123,10 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
         found = st.integers(int(key.minimum or 0), int(key.maximum or 2**31 - 1)) | st.just(1_000_000)
     elif key.kind == "float":
         low, high = key.above if key.minimum is None else key.minimum, key.below if key.maximum is None else key.maximum
-        bounded = {"exclude_min": key.above is not None, "exclude_max": key.below is not None}
-        found = st.floats(low, high, allow_nan=False, allow_infinity=False, **bounded)
-        found |= st.sampled_from([value for value in (1e-07, 1e6, 0.1 + 0.2, 1.5) if low < value < (high or 1e9)])
+        above, below = key.above is not None, key.below is not None
+        found = st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=above, exclude_max=below)
+        inside = [value for value in (1e-07, 1e6, 0.1 + 0.2, 1.5) if (low or 0) < value < (high or 1e9)]
+        found |= st.sampled_from(inside)
     elif key.kind == "str":
         found = text
     else:

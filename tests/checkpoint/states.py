@@ -21,7 +21,7 @@ RUN = {"train.learning_rate": 1e-5, "train.seed": 42}
 class State:
     """What a step changes."""
 
-    model: nn.Module
+    model: nn.Linear
     optimizer: torch.optim.Optimizer
     scheduler: Any
     trainer: TrainerState

@@ -113,7 +113,7 @@ def test_a_run_that_lives_on_another_machine_is_not_disturbed(tmp_path: Path, mo
     monkeypatch.setattr(module, "DEAD", 0.6)
     beat = iter(range(10_000))
     elsewhere(tmp_path, next(beat))
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: elsewhere(tmp_path, next(beat)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: elsewhere(tmp_path, next(beat)))
     with pytest.raises(CheckpointError, match="process 8 on node-7 since 2026-01-01"):
         taken(tmp_path, 0.2)
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node-7"

@@ -39,7 +39,8 @@ def hive(lake: Path) -> Path:
 def test_a_bucket_gives_what_the_folder_gives(tokenizer: Tokenizer, s3: S3Server, hive: Path, tmp_path: Path) -> None:
     base = s3.upload(hive, s3.bucket(), "lake")
     local = prepared(tokenizer, hive, tmp_path / "local", date_to="2026-03-14", models=["org/base"])
-    for number, path in enumerate((base, base + "/", f"{base}/**/*.parquet", [f"{base}/date=2026-03-14/"])):
+    paths: list[str | list[str]] = [base, base + "/", f"{base}/**/*.parquet", [f"{base}/date=2026-03-14/"]]
+    for number, path in enumerate(paths):
         remote = prepared(
             tokenizer,
             path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_merged_responses_keep_the_same_log_probs_in_any_order(tokenizer: Tokeni
     results = []
     for number, some in enumerate((rows, rows[::-1], rows[2:] + rows[:2])):
         write(tmp_path / f"{number}/a.parquet", some)
-        data = {"logprobs_column": "lp", "token_ids_column": "ids"}
+        data: dict[str, Any] = {"logprobs_column": "lp", "token_ids_column": "ids"}
         results.append(repr(contents(prepared(tokenizer, tmp_path / str(number), tmp_path / f"c{number}", **data))))
     assert len(set(results)) == 1
     assert "[-1.0" in results[0] or "[-2.0" in results[0]  # a recorded one wins over none

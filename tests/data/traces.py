@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,14 @@ def drop_column(rows: Iterable[Mapping[str, Any]], *names: str) -> tuple[list[di
 
 def prepared(
     tokenizer: PreTrainedTokenizerBase,
-    path: Path | str | Sequence[Any],
+    path: Path | str | list[str],
     cache: Path,
     max_length: int = 200,
     **data: Any,
 ) -> Prepared:
     """`prepare` with nothing held out unless a test says so."""
-    return prepare(Data(path=path, **({"held_out_share": 0.0} | data)), max_length, tokenizer, cache)
+    given = str(path) if isinstance(path, Path) else path
+    return prepare(Data(path=given, **({"held_out_share": 0.0} | data)), max_length, tokenizer, cache)
 
 
 def contents(result: Prepared, *, source: bool = False) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class Refusal:
     """A run that can't be: keys over the good ones, and a part of the one line."""
 
     says: str
-    keys: Callable[[Place], Mapping[str, str]]
+    keys: Callable[[Place], dict[str, str]]
     env: Callable[[Place], Mapping[str, str]] = lambda place: {}
 
 

@@ -96,8 +96,8 @@ def _copy(image: Image, rest: str, built: Mapping[str, Image]) -> None:
     *sources, target = rest.split()
     goal = image.root / os.path.join(image.workdir, target).lstrip("/")
     if sources[0].startswith("--from="):
-        stage, source = sources
-        _link(built[stage.removeprefix("--from=")].root / source.lstrip("/"), goal)
+        stage, path = sources
+        _link(built[stage.removeprefix("--from=")].root / path.lstrip("/"), goal)
         return
     for name in sources:
         source = ROOT / name

@@ -90,7 +90,8 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         "ROOT_ACCESS_KEY": access,
         "ROOT_SECRET_KEY": secret,
     }
-    command = [binary, "--port", f"127.0.0.1:{port}", "--health", "/health", "posix", "--sidecar", sidecar, root]
+    command = [binary, "--port", f"127.0.0.1:{port}", "--health", "/health"]
+    command += ["posix", "--sidecar", str(sidecar), str(root)]
 
     def ready() -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)

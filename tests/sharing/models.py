@@ -119,7 +119,8 @@ def tiny(name: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=0.2)
-    return model.train()
+    model.train()
+    return model
 
 
 def shared_over(model: PreTrainedModel) -> SharedPrompts:

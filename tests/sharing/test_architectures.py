@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from entrypoint.sharing import attention, forward
-from entrypoint.sharing.layout import Layout
+from entrypoint.sharing.layout import Layout, lay_out
 from entrypoint.sharing.support import unsupported
 from tests.sharing.batches import Batch, assert_alike, computed, numbers, ragged
 from tests.sharing.models import EAGER_ONLY, ROUTERS, SHARED, WINDOW, shared_over, tiny
@@ -59,8 +59,13 @@ def test_a_wrong_row_is_off_by_nats(
 ) -> None:
     model = tiny(name, "eager")
     shared, batch = shared_over(model), ragged()
-    original = forward.lay_out
-    monkeypatch.setattr(forward, "lay_out", lambda *args, **kwargs: damage(original(*args, **kwargs)))
+
+    def damaged(*args: Any, **kwargs: Any) -> Layout:
+        layout = lay_out(*args, **kwargs)
+        assert layout is not None
+        return damage(layout)
+
+    monkeypatch.setattr(forward, "lay_out", damaged)
     assert farthest(model, shared, batch) > 0.5
 
 

@@ -67,7 +67,8 @@ def log_probs(model: PreTrainedModel) -> Float32:
     """Of one group's responses, flat."""
     with torch.no_grad():
         out = model(**ragged(((9, (7, 4, 11)),)), fused_lm_head=True)
-    return out.log_probs[out.label_mask].numpy()
+    found: Float32 = out.log_probs[out.label_mask].numpy()
+    return found
 
 
 def checked(model: PreTrainedModel, dtype: str = "fp32") -> tuple[SharedPrompts, str | None]:
@@ -85,7 +86,7 @@ def test_what_slips_through_is_caught_and_computed_plainly(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some ignore the mask, and some have a kind of layer that is taken here for full attention."""
-    kind, build = SLIPPED[name], forward.masks
+    kind, build = SLIPPED[name], attention.masks
     if kind:
         monkeypatch.setitem(attention.WINDOWS, kind, lambda config: None)
     if kind in ("conv", "linear_attention"):  # their layers know one mask only, that of padding: there is none

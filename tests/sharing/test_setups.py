@@ -40,7 +40,7 @@ def adapted(name: str) -> tuple[Any, SharedPrompts]:
     model = tiny(name, kind_of(name))
     shared = shared_over(model)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft = get_peft_model(model, config)
+    peft: Any = get_peft_model(model, config)
     for part, parameter in peft.named_parameters():
         if "lora_B" in part:  # 0 at first, and then no gradient reaches lora_A
             torch.nn.init.normal_(parameter, std=0.2)
@@ -143,7 +143,7 @@ def test_other_calls_are_the_models_own() -> None:
         assert torch.equal(model(**batch).loss, wanted.loss)
         assert model(**batch, fused_lm_head=True, output_hidden_states=True).log_probs.shape == (9, 19)
         assert model(**batch, fused_lm_head=True, output_hidden_states=None, use_cache=False).log_probs.shape == (9, 19)
-        tokens = model.generate(batch["input_ids"][:1, :9], max_new_tokens=2, do_sample=False)
+        tokens = model.generate(batch["input_ids"][:1, :9], max_new_tokens=2, do_sample=False)  # type: ignore[operator]
     assert tokens.shape == (1, 11)
     assert shapes[:4] == [PLAIN, PLAIN, PLAIN, PACKED]
 

@@ -17,11 +17,11 @@ def impatient(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(ATTEMPTS))
-    for name, value in {
+    for constant, number in {
         "FIRST_PAUSE": 0.001,
         "LONGEST_PAUSE": 0.01,
         "READ_TIMEOUT": READ_TIMEOUT,
         "BODIES": ATTEMPTS,
         "PART": 1 << 18,
     }.items():
-        monkeypatch.setattr(entrypoint.s3, name, value)
+        monkeypatch.setattr(entrypoint.s3, constant, number)

@@ -210,10 +210,11 @@ def test_a_line_that_is_dead_in_one_direction_is_left_within_the_bound(
     fs = connect(toxiproxy.endpoint_url)
     fs.receive(url, tmp_path / "copy", 8 << 20)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
-    for stream, ask in {
+    asks: dict[str, Callable[[], object]] = {
         "downstream": lambda: fs.receive(url, tmp_path / "copy", 8 << 20),
         "upstream": lambda: fs.send(source, url),
-    }.items():
+    }
+    for stream, ask in asks.items():
         begin = time.monotonic()
         with toxiproxy.toxic("timeout", stream=stream, timeout=0), pytest.raises(OSError):  # noqa: PT011
             ask()

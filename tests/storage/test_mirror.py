@@ -205,11 +205,11 @@ def test_a_damaged_copy_gives_way_to_the_next_older(damage: str, name: str, plac
     shutil.rmtree(place.local)
     place.local.mkdir()
     again = place.mirror()
-    if (step := again.newest(FINGERPRINT)) == 200:
+    if (newest := again.newest(FINGERPRINT)) == 200:
         with pytest.raises(DamagedError, match=name):
             again.fetch(200, place.local)
-        step = again.newest(FINGERPRINT)
-    assert step == 100
+        newest = again.newest(FINGERPRINT)
+    assert newest == 100
     assert contents(again.fetch(100, place.local)) == contents(checkpoint(place.local / "expected", 100))
     if (damage, name) != ("removed", "manifest.json"):  # without one it never was complete
         assert again.damaged() == [f"{place.url}/step-00000200"]

@@ -22,4 +22,4 @@ def allow_fsdp_on_cpu() -> None:
                 plugin.set_mixed_precision("bf16")  # as accelerate does where it finds CUDA
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+    AcceleratorState.__init__ = init

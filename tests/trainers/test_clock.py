@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_utilisation_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_phase_lasts_until_the_next_begins_and_over_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     times = itertools.count(0.0, 1.0)  # a second between two looks at the clock
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     ticking = Clock(torch.device("cpu"))
     assert ticking.read() == {}
     for phase in ("data", "forward", "backward", "forward", "backward", "other"):

@@ -45,7 +45,7 @@ def test_by_hand() -> None:
     Rewards (beta 0.5): 0.5 x 1 for response 0, else 0: accuracies 1/2 (a tie is not a win there), margins 0.25.
     """
     reference = GivenReference(
-        {0: np.float32([-2, -2]), 1: np.float32([-3, -1, -2, -2]), 2: np.float32([-1]), 4: np.float32([-3, -1])}
+        {r: np.array(own, np.float32) for r, own in {0: [-2, -2], 1: [-3, -1, -2, -2], 2: [-1], 4: [-3, -1]}.items()}
     )
     found = metrics(Groups.from_lists(GROUPS), reference)
     assert found == pytest.approx(

@@ -44,7 +44,7 @@ def gradient(model: Any) -> torch.Tensor:
 
 def ours(
     method: Grpo | Dpo, tiny: Path, folder: Path, groups: Groups, *, budget: int
-) -> tuple[float, torch.Tensor, dict]:
+) -> tuple[float, torch.Tensor, dict[str, float]]:
     """Loss, gradient and metrics of one whole step over all groups."""
     run = make_run(method, folder, batch_size=1000, max_steps=1, micro_batch_tokens=budget, max_length=MAX_LENGTH)
     trainer, plan = make_trainer(run, tiny, groups, reference=live_reference(groups))
@@ -58,7 +58,9 @@ def ours(
     return float(loss), gradient(trainer.model), metrics
 
 
-def stock_grpo(loss_type: str, tiny: Path, folder: Path, groups: Groups) -> tuple[float, torch.Tensor, dict]:
+def stock_grpo(
+    loss_type: str, tiny: Path, folder: Path, groups: Groups
+) -> tuple[float, torch.Tensor, dict[str, float]]:
     """`GRPOTrainer._compute_loss` on all responses in TRL's own layout: prompts padded left, responses right."""
     args = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=2, num_generations=2, loss_type=loss_type, epsilon=0.2,
@@ -95,7 +97,7 @@ def stock_grpo(loss_type: str, tiny: Path, folder: Path, groups: Groups) -> tupl
     return float(loss), gradient(model), {k: v[0] for k, v in trainer._metrics["train"].items()}
 
 
-def stock_dpo(method: Dpo, tiny: Path, folder: Path, groups: Groups) -> tuple[float, torch.Tensor, dict]:
+def stock_dpo(method: Dpo, tiny: Path, folder: Path, groups: Groups) -> tuple[float, torch.Tensor, dict[str, float]]:
     """`DPOTrainer._compute_loss` on all pairs, through TRL's own collator."""
     args = DPOConfig(
         output_dir=str(folder), loss_type=[method.loss_type], beta=method.beta, max_length=None, use_cpu=True,
@@ -177,7 +179,7 @@ def test_recorded_log_probs_are_the_behaviour_policy_and_the_reference_fills_the
             }
         ]
     )
-    reference: Any = GivenReference({0: np.float32([-3, -4, -5]), 1: np.float32([-6, -7])})
+    reference: Any = GivenReference({0: np.array([-3, -4, -5], np.float32), 1: np.array([-6, -7], np.float32)})
     run = make_run(Grpo(), tmp_path, max_steps=1)
     trainer, plan = make_trainer(run, tiny, groups, reference=reference)
     batch = trainer._rows[next(iter(plan.sampler))[0]]

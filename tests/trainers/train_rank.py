@@ -101,8 +101,8 @@ def train(case: str, tiny: Path, out: Path, world: World) -> None:
 
     trainer._clip_grad_norm = spy
     world.barrier()
-    found = world.once(lambda: str(path) if (path := trainer._checkpoints.find("auto")) else None)
-    trainer.train(resume_from_checkpoint=found)
+    newest = world.once(lambda: str(path) if (path := trainer._checkpoints.find("auto")) else None)
+    trainer.train(resume_from_checkpoint=newest)
     trainer._checkpoints.wait()
     weights.append(flat([p for p in trainer.model_wrapped.parameters() if p.requires_grad]))
     if "fsdp" in options:
