@@ -231,7 +231,7 @@ def test_below_what_is_computed_together_a_smaller_budget_does_not_help(
     sampler.cost = Cost(GROUPS, shared=shared)
     atoms = [atom for unit in range(len(sampler.units)) for atom in sampler.units.atoms(unit)]
     least = max(map(sampler.cost.of, atoms))
-    ends = []
+    ends: list[TooLargeError] = []
     sampler.budget = 3 * least
     while not ends or ends[-1].exit_code == 75:
         ends.append(memory.out_of_memory(sampler, memory.Budget(sampler.budget, tmp_path / memory.FILE, SETTING)))
