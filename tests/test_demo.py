@@ -19,7 +19,8 @@ from entrypoint.demo import __main__ as demo
 from entrypoint.demo import rows as trace_rows
 from entrypoint.demo.model import NAME, default_folder, unpack_model
 from entrypoint.demo.prompts import Rule, compose, unseen
-from entrypoint.demo.sample import LIMITS, RESPONSES, Response
+from entrypoint.demo.rows import Response
+from entrypoint.demo.sample import LIMITS, RESPONSES
 from entrypoint.demo.sample import main as sample_main
 from entrypoint.demo.score import judge_score, ragas_reward, score
 from entrypoint.errors import ModelError

@@ -10,19 +10,18 @@ import json
 import random
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.demo.model import NAME
+from entrypoint.demo.prompts import Prompt
 from entrypoint.demo.score import score
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from entrypoint.demo.sample import Response
 
 Row = dict[str, Any]
 
@@ -33,6 +32,16 @@ USERS_WITHOUT_CONSENT = 2
 TIED = (30, 60, 90)  # groups whose responses all got the same label: nothing to learn from
 ALONE = (45, 75)  # groups of which one response was logged
 THUMB = 0.8  # the one label that the tied groups got
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response to one prompt."""
+
+    prompt: Prompt
+    text: str
+    tokens: int
+    latency_ms: float
 
 
 def schema() -> pa.Schema:

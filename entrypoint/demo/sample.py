@@ -12,13 +12,12 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from entrypoint.demo.model import unpack_model
 from entrypoint.demo.prompts import Prompt, compose
-from entrypoint.demo.rows import rows, write
+from entrypoint.demo.rows import Response, rows, write
 from entrypoint.errors import ConfigError, RunError
 
 SEED = 20261116
@@ -28,16 +27,6 @@ BATCH = 96  # rows decoded together
 
 
 Tried = tuple[list[int], float]  # token ids without the end token, seconds until it came
-
-
-@dataclass(frozen=True)
-class Response:
-    """One sampled response to one prompt."""
-
-    prompt: Prompt
-    text: str
-    tokens: int
-    latency_ms: float
 
 
 def sample(prompts: Sequence[Prompt], model_folder: Path) -> Iterator[Response]:
