@@ -31,7 +31,7 @@ COMPILE := pip compile --quiet --universal --python-version $(PYTHON_MIN) --gene
 .PHONY: help
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } \
-		/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 } \
+		/^[a-z-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 } \
 		/^##@ (General|Use|Check|Build)/ { printf "\n%s\n", substr($$0, 5) }' $(MAKEFILE_LIST)
 
 ##@ Use

@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from entrypoint.errors import ModelError
+from tests.cluster.container import prepare_image
 from tests.cluster.machine import MachineError, check_machine
 from tests.cluster.plane import start_plane
+from tests.cluster.programs import binaries
 from tests.process import ROOT
 from tests.servers.server import tail
 
@@ -22,19 +25,42 @@ FOLDER = ROOT / "out" / "cluster"
 PID = FOLDER / "pid"
 READY = FOLDER / "ready"
 LOG = FOLDER / "plane.log"
-SECONDS = 3600  # the first time the programs are built
+SECONDS = 300
 
 
 def up() -> int:
     """Start a plane that outlives this command; prints how to reach it."""
     if _running() is not None:
-        print(f"a plane runs already: export KUBECONFIG={FOLDER / 'kubeconfig'}")
+        print(f"a plane runs already, or starts (make cluster-down ends it); its logs are in {FOLDER}", file=sys.stderr)
+        print(f"export KUBECONFIG={FOLDER / 'kubeconfig'}")
         return 0
     try:
         check_machine()
-    except MachineError as error:
+        binaries()  # here, where one sees that they are built
+        prepare_image()
+    except (MachineError, ModelError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
+    begun = time.monotonic()
+    try:
+        _start()
+    except (RuntimeError, KeyboardInterrupt) as error:
+        down()
+        print(f"the plane did not start: {str(error) or 'interrupted'}; its logs are in {FOLDER}", file=sys.stderr)
+        return 1
+    print(
+        f"ready after {time.monotonic() - begun:.0f} s; logs of every program and pod are in {FOLDER}", file=sys.stderr
+    )
+    print(f"export KUBECONFIG={FOLDER / 'kubeconfig'}")
+    return 0
+
+
+def _start() -> None:
+    """Have a process of its own be the plane.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time; the message is the end of its log.
+    """
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     with LOG.open("wb") as log:
@@ -43,18 +69,11 @@ def up() -> int:
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     PID.write_text(str(child.pid))
-    begun = time.monotonic()
+    deadline = time.monotonic() + SECONDS
     while not READY.exists():
-        if child.poll() is not None or time.monotonic() > begun + SECONDS:
-            print("\n".join(tail(LOG, 20)), file=sys.stderr)
-            print(f"the plane did not start; its logs are in {FOLDER}", file=sys.stderr)
-            return 1
+        if child.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError("\n".join(tail(LOG, 20)))
         time.sleep(0.1)
-    print(
-        f"ready after {time.monotonic() - begun:.0f} s; logs of every program and pod are in {FOLDER}", file=sys.stderr
-    )
-    print(f"export KUBECONFIG={FOLDER / 'kubeconfig'}")
-    return 0
 
 
 def down() -> int:
@@ -70,16 +89,15 @@ def down() -> int:
 
 
 def serve() -> int:
-    """Be the plane, until SIGTERM."""
-    ended = threading.Event()
+    """Be the plane, until SIGTERM, which also ends one that is not ready yet."""
 
     def end(signum: int, frame: FrameType | None) -> None:
-        ended.set()
+        raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, end)
     with start_plane(FOLDER):
         READY.touch()
-        ended.wait()
+        threading.Event().wait()
     return 0
 
 

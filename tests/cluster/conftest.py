@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.container import compile_image
+from tests.cluster.container import prepare_image
 from tests.cluster.events import what_happened
 from tests.cluster.machine import MachineError, check_machine
 from tests.cluster.plane import Plane, start_plane, until
@@ -46,7 +46,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
         check_machine()
     except MachineError as error:
         pytest.exit(str(error), returncode=1)  # one line: every test would say the same
-    compile_image()
+    prepare_image()
     begun = time.monotonic()
     with start_plane(tmp_path_factory.mktemp("plane")) as plane:
         print(f"the plane was ready after {time.monotonic() - begun:.1f} s")

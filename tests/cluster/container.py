@@ -14,12 +14,13 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
+from entrypoint.demo.model import unpack_model
+from entrypoint.model.final import let_read
 from tests.cluster.api import Object
 from tests.process import ROOT, scrubbed
 from tests.servers.server import end_with_parent, tail
 
-# What stands in for the image (Dockerfile): its files, read-only in the container, its environment, user and folder.
-IMAGE = (str(ROOT), sys.base_prefix)
+# What stands in for the image (Dockerfile): its environment, user and folder.
 IMAGE_ENVIRONMENT = {
     "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/tmp",
@@ -33,8 +34,15 @@ PID_FILE = "pid"  # in a container's folder: its process number 1
 MESSAGE_BYTES, MESSAGE_LINES = 2048, 80  # what a kubelet takes of a log as termination message
 
 
-def compile_image() -> None:
-    """What the image has compiled: no pod may write beside the modules, and each start would compile them anew."""
+def image() -> dict[str, str]:
+    """And its files, read-only in the container: where they lie on this machine, by where they are seen."""
+    here = {folder: folder for folder in (str(ROOT), sys.base_prefix)}
+    return here | {"/opt/demo/traces": str(ROOT / "entrypoint/demo/traces"), "/opt/demo/model": str(unpack_model())}
+
+
+def prepare_image() -> None:
+    """Make the demo's model, and compile what the image has compiled: no pod may write beside the modules."""
+    let_read(unpack_model())  # to the pods' user too, whoever made it
     package = find_spec("trl")  # no test of this folder imports it by itself
     if package and package.origin and not Path(cache_from_source(package.origin)).exists():
         environment = scrubbed({"PYTHONDONTWRITEBYTECODE": None})
@@ -74,7 +82,7 @@ class Container:
             "sandbox": sandbox,
             "scratch": str(self.folder / "root"),
             "pid_file": str(self._pid_file),
-            "image": IMAGE,
+            "image": image(),
             "mounts": [
                 {"source": str(mount.source), "target": mount.target, "read_only": mount.read_only}
                 for mount in [*mounts, Mount(message, target, read_only=False)]

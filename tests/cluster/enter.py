@@ -47,9 +47,10 @@ def main(path: str) -> int:
 def _become(spec: dict[str, Any]) -> None:
     _mount(None, "/", None, REC | PRIVATE)
     root = _root(spec["scratch"])
-    for path in spec["image"]:
-        _open_way(root, path)
-        _bind(path, root + path, read_only=True)
+    for target, source in spec["image"].items():
+        os.makedirs(root + target, exist_ok=True)
+        _open_way(root, target)
+        _bind(source, root + target, read_only=True)
     _mount("proc", root + "/proc", "proc", NOSUID | NOEXEC)
     _bind("/sys", root + "/sys", read_only=True)
     _devices(root)
