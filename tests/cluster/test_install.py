@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.chart.helm import HELMS, template
+from tests.chart.helm import CHART, HELMS, template
 from tests.cluster.api import ApiError
 from tests.cluster.counts import INSTALLS, SERIES
 from tests.cluster.plane import FROM_ZERO, STOCK, Plane, until
@@ -21,6 +22,16 @@ from tests.process import ROOT
 
 NEW = "fs-0fedcba9876543210"  # a file system that nobody has given to a group yet: root's alone
 CONFIG_ALONE = {"checks": ["config"]}
+README = (CHART / "README.md").read_text()
+KINDS = {  # by kubectl's short names: the resource, and whether it lies in a namespace
+    "job": ("jobs.batch", True),
+    "configmap": ("configmaps", True),
+    "networkpolicy": ("networkpolicies.networking.k8s.io", True),
+    "pvc": ("persistentvolumeclaims", True),
+    "clusterrole": ("clusterroles.rbac.authorization.k8s.io", False),
+    "clusterrolebinding": ("clusterrolebindings.rbac.authorization.k8s.io", False),
+    "pv": ("persistentvolumes", False),
+}
 WITH_A_POOL_OF_ITS_OWN = ("grpo", "dpo", "capacity-block", "lora-single-node")
 
 
@@ -120,16 +131,19 @@ def test_preflight_refuses_with_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("helm", HELMS)
-def test_what_an_interrupted_install_leaves_goes_with_the_next_one(platform: Platform, helm: str) -> None:
+def test_what_an_interrupted_install_leaves_goes_with_the_commands_of_the_readme(platform: Platform, helm: str) -> None:
     api, before = platform.plane.api, before_a_release(platform.plane)
-    release = platform.release("stopped", helm=helm, **instead_of_training(platform, "stopped", SLEEP))
+    release = platform.release("run-042", helm=helm, preflight=CONFIG_ALONE)
     preflight = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=preflight"
     assert release.install_interrupted(lambda: api.list("pods", release.namespace, labels=preflight)) != 0
     assert release.claims == []
     done = release.uninstall()
     assert done.returncode == 0, done.stderr
-    with release.installed():
-        until(partial(asleep, release), 120, "the gang runs")
+    (line,) = re.findall(r"^kubectl -n NAMESPACE delete --ignore-not-found (.*)$", README, re.MULTILINE)
+    for kinds, name in re.findall(r"{(\S+)}/(\S+)", line.replace("NAMESPACE", release.namespace)):
+        for kind in kinds.split(","):
+            resource, namespaced = KINDS[kind]
+            api.delete(resource, name, release.namespace if namespaced else None, propagationPolicy="Background")
     until_as_before(platform.plane, before, 60)
 
 
