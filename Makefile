@@ -108,7 +108,7 @@ test-cluster: setup ## The chart on a real API server with Volcano and Karpenter
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cluster -n $(strip $(PLANES)) --dist loadgroup -rP --durations 15 $(PYTEST_ARGS)
 
 .PHONY: test-cluster-all
-test-cluster-all: setup ## The same, each row as often as docs/cluster-proof.md says; hours.
+test-cluster-all: setup ## The same, each row as often as docs/cluster-proof.md says; half an hour.
 	@CLUSTER_COUNTS=all $(MAKE) --no-print-directory test-cluster
 
 .PHONY: faults
