@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # s3fs's own have a cause or no number
-CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role (in EKS by the account's Pod Identity association)"
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role (in EKS, the account's Pod Identity association)"
 BAD_CREDENTIALS = {
     "ExpiredToken",
     "InvalidAccessKeyId",
