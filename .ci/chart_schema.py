@@ -41,6 +41,7 @@ SAME_TYPE = {str: "string", bool: "boolean", int: "integer", float: "number"}
 
 NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 LABEL_KEY = rf"^({NAME}(\.{NAME})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
+REPOSITORY = "[a-z0-9]+([._-]+[a-z0-9]+)*"  # of an image: a part of its path
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 # Helm's toYaml writes nothing at all for some of these (errors are swallowed), and U+0085 comes back as a blank.
 UNWRITABLE = r"\x00-\x1f\x7f-\x9f" + "\u2028\u2029\ufffe\uffff"
@@ -51,12 +52,21 @@ TYPES: dict[str, dict[str, Any]] = {
     "duration": {"type": "string", "pattern": "^([0-9]+(s|m|h))+$"},  # Go's, as far as Kubernetes' APIs take it
     "quantity": {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$", "minimum": 0},
     "money": {"type": "number", "minimum": 0},
+    "registry": {"type": "string", "pattern": rf"^[a-z0-9.-]+(:[0-9]+)?(/{REPOSITORY})*$"},
+    "repository": {"type": "string", "pattern": rf"^([a-z0-9.-]+(:[0-9]+)?/)?{REPOSITORY}(/{REPOSITORY})*$"},
+    "tag": {"type": "string", "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"},
+    "digest": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
     "port": {"type": "integer", "minimum": 1, "maximum": 65535},
     "labelKey": {"type": "string", "pattern": LABEL_KEY},
     "labels": {
         "type": "object",
         "propertyNames": {"pattern": LABEL_KEY},
         "additionalProperties": {"type": "string", "pattern": LABEL_VALUE},
+    },
+    "selector": {  # null, Helm's way to delete a default, stays there at an upgrade with --reuse-values
+        "type": "object",
+        "propertyNames": {"pattern": LABEL_KEY},
+        "additionalProperties": {"type": ["string", "null"], "pattern": LABEL_VALUE},
     },
     "annotations": {
         "type": "object",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # s3fs's own have a cause or no number
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role (in EKS, the account's Pod Identity association)"
 BAD_CREDENTIALS = {
     "ExpiredToken",
     "InvalidAccessKeyId",
@@ -96,11 +97,9 @@ def explain(error: BaseException, url: str) -> str:
     name = type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if code in BAD_CREDENTIALS:
-        return f"{url}: the storage refused the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"{url}: the storage refused the credentials ({code}); check {CREDENTIALS}"
     if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
-        return (
-            f"{url}: no AWS credentials found ({message}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
-        )
+        return f"{url}: no AWS credentials found ({message}); give {CREDENTIALS}"
     if code == "NoSuchBucket":
         return f"{url}: no such bucket; create it, or check the name and endpoint_url"
     if temporary(error):

@@ -30,12 +30,16 @@ true
 {{- if .Values.nodePool.create -}}
 {{- include "tuning.cluster.efa" . -}}
 {{- include "tuning.cluster.nodeClass" . -}}
+{{- if not .Values.nodeClass.create -}}
+{{- include "tuning.cluster.nodeClass.existing" . -}}
+{{- end -}}
 {{- else -}}
 {{- include "tuning.cluster.slots" . -}}
 {{- end -}}
 {{- include "tuning.cluster.queue" . -}}
 {{- include "tuning.cluster.storage" . -}}
 {{- include "tuning.cluster.account" . -}}
+{{- include "tuning.cluster.named" . -}}
 {{- end }}
 
 {{- define "tuning.cluster.kinds" -}}
@@ -91,6 +95,21 @@ true
 {{- end -}}
 {{- end }}
 
+{{/* What each pod names, and would never start without. Not asked for where the release brings it. */}}
+{{- define "tuning.cluster.named" -}}
+{{- $brought := list -}}
+{{- range .Values.extraObjects -}}{{- $brought = append $brought (printf "%s/%s" .kind .metadata.name) -}}{{- end -}}
+{{- $class := .Values.gang.priorityClassName -}}
+{{- if and $class (not (has (printf "PriorityClass/%s" $class) $brought)) (not (lookup "scheduling.k8s.io/v1" "PriorityClass" "" $class)) -}}
+{{- fail (printf "gang.priorityClassName: got %s, expected a PriorityClass of the cluster: the run would never start; create it, or name another" $class) -}}
+{{- end -}}
+{{- range .Values.image.pullSecrets -}}
+{{- if not (or (has (printf "Secret/%s" .) $brought) (lookup "v1" "Secret" $.Release.Namespace .)) -}}
+{{- fail (printf "image.pullSecrets: got %s, expected a Secret of namespace %s; create it, or remove the name" . $.Release.Namespace) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* One release is one run. */}}
 {{- define "tuning.cluster.unchanged" -}}
 {{- $job := lookup "batch.volcano.sh/v1alpha1" "Job" .Release.Namespace .Release.Name -}}
@@ -100,14 +119,15 @@ true
 {{- $annotations := dig "metadata" "annotations" (dict) $job -}}
 {{- if ne (get $annotations "preference-tuning/frozen") (include "tuning.frozen" . | sha256sum) -}}
 {{- $before := get $annotations "preference-tuning/values" | fromJson -}}
+{{- $now := include "tuning.frozen.values" . | fromJson -}}
 {{- $differ := list -}}
-{{- range $key, $hash := include "tuning.frozen.values" . | fromJson -}}
-{{- if ne $hash (get $before $key | toString) -}}{{- $differ = append $differ $key -}}{{- end -}}
+{{- range $key := concat (keys $before) (keys $now) | uniq | sortAlpha -}}
+{{- if ne (get $before $key) (get $now $key) -}}{{- $differ = append $differ $key -}}{{- end -}}
 {{- end -}}
 {{- $keep := "" -}}
-{{- if and .Values.storage.keep (eq (include "tuning.storage.mode" .) "dynamic") (has "storage" $differ) -}}
+{{- if and .Values.storage.keep (eq (include "tuning.storage.mode" .) "dynamic") (has "storage.keep" $differ) -}}
 {{- $keep = printf "; to keep its file system, kubectl -n %s get pvc %s -o jsonpath='{.spec.volumeName}', then kubectl patch pv THAT_NAME -p '{\"spec\": {\"persistentVolumeReclaimPolicy\": \"Retain\"}}'" .Release.Namespace .Release.Name -}}
 {{- end -}}
-{{- fail (printf "upgrade: got another run than %s has (%s), expected the same: a Volcano Job, its queue and its storage can't be changed; install a new release with a name of its own%s" .Release.Name (join ", " $differ | default "the chart's version") $keep) -}}
+{{- fail (printf "upgrade: got another run than %s has (%s), expected the same: a Volcano Job, its queue, storage and zone can't be changed; install a new release with a name of its own%s" .Release.Name (join ", " $differ | default "the chart's version") $keep) -}}
 {{- end -}}
 {{- end }}

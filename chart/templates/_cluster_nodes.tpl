@@ -51,6 +51,22 @@ paid for, never used, and never given back as empty. */}}
 {{- end -}}
 {{- end }}
 
+{{/* A node class of the platform's; its kind may be another provider's, in any version that the cluster serves. */}}
+{{- define "tuning.cluster.nodeClass.existing" -}}
+{{- $kind := .Values.nodeClass.kind -}}
+{{- $name := .Values.nodeClass.name -}}
+{{- $found := false -}}
+{{- range .Capabilities.APIVersions -}}
+{{- $parts := splitList "/" . -}}
+{{- if and (eq (first $parts) $.Values.nodeClass.group) (eq (last $parts) $kind) -}}
+{{- $found = or $found (lookup (printf "%s/%s" (first $parts) (index $parts 1)) $kind "" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if not $found -}}
+{{- fail (printf "nodeClass.name: got %s, expected a node class of the cluster, of kind %s in %s: no node would ever come; create it, or name another (nodeClass.group, nodeClass.kind)" $name $kind $.Values.nodeClass.group) -}}
+{{- end -}}
+{{- end }}
+
 {{/* Fields that came with Karpenter 1.11; an API server that does not know them drops them without a word. */}}
 {{- define "tuning.cluster.nodeClass" -}}
 {{- $fields := dict -}}

@@ -29,6 +29,15 @@ helm.sh/hook-weight: "-10"
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 
+{{/* Labels of nodes without those of null: Helm deletes a default by null, but keeps the null with --reuse-values. */}}
+{{- define "tuning.selected" -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) }}
+{{ $key | quote }}: {{ $value | quote }}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* Takes {root, image}. */}}
 {{- define "tuning.image" -}}
 {{- $repository := .image.repository -}}

@@ -67,8 +67,9 @@ serviceAccountName: {{ include "tuning.serviceAccount.name" . | quote }}
 {{/* On an ordinary node: where preflight and the gang's watcher go, and what they bear there. */}}
 {{- define "tuning.pod.ordinary" -}}
 restartPolicy: Never
-{{- if .Values.preflight.nodeSelector }}
-nodeSelector: {{- toYaml .Values.preflight.nodeSelector | nindent 2 }}
+{{- $labels := include "tuning.selected" .Values.preflight.nodeSelector | fromYaml }}
+{{- if $labels }}
+nodeSelector: {{- toYaml $labels | nindent 2 }}
 {{- end }}
 {{- if .Values.preflight.tolerations }}
 tolerations: {{- toYaml .Values.preflight.tolerations | nindent 2 }}
@@ -111,7 +112,7 @@ fitted beside another that waits, and no node is made. */}}
 {{- if .root.Values.gang.slotLabel -}}
 {{- $_ := set $labels .root.Values.gang.slotLabel (toString .slot) -}}
 {{- end -}}
-{{ toYaml (merge $labels .root.Values.nodeSelector) }}
+{{ include "tuning.selected" .root.Values.nodeSelector | fromYaml | merge $labels | toYaml }}
 {{- end }}
 
 {{/* Those of the pool's taints, then the given ones. */}}

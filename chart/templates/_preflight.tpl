@@ -25,7 +25,9 @@ template:
           - --deadline={{ int $root.Values.preflight.deadlineSeconds }}
           {{- if .queue }}
           - --queue={{ include "tuning.queue.name" $root }}
+          {{- if $root.Values.gang.slotLabel }}
           - --scheduler-config={{ $root.Values.clusterChecks.volcanoNamespace }}/{{ $root.Values.clusterChecks.volcanoConfigMap }}
+          {{- end }}
           {{- end }}
         env: {{- include "tuning.pod.env" (dict "root" $root "chart" "[]") | trim | nindent 10 }}
         {{- if $root.Values.envFrom }}

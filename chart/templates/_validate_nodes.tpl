@@ -14,7 +14,7 @@
 {{- else if not .Values.nodeClass.name -}}
 {{- fail "nodeClass.name: got nothing, expected the name of the existing node class that nodeClass.create: false asks for; give it" -}}
 {{- end -}}
-{{- else if and .Values.gpusPerNode (not .Values.nodeSelector) (not .Values.affinity) -}}
+{{- else if and .Values.gpusPerNode (not (include "tuning.selected" .Values.nodeSelector)) (not .Values.affinity) -}}
 {{- fail "nodeSelector: got nothing, expected labels of the GPU nodes where nodePool.create is false; give them, or affinity" -}}
 {{- end -}}
 {{- range $key := list "karpenter.sh/nodepool" .Values.gang.slotLabel -}}

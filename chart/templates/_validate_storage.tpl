@@ -19,6 +19,9 @@
 {{- if and (eq $mode "ephemeral") .Values.gpusPerNode (not (get $checkpoint "mirror")) -}}
 {{- fail "training.checkpoint.mirror: got nothing with storage.ephemeral, expected s3://: a node that is lost takes its disk with it, and the run would start anew; give it" -}}
 {{- end -}}
+{{- if and (has "spot" .Values.nodePool.capacityTypes) .Values.nodePool.create (gt (int $.Values.storage.saveSeconds) 120) -}}
+{{- fail (printf "storage.saveSeconds: got %d, expected at most 120: a spot node ends two minutes after its notice; lower it" (int $.Values.storage.saveSeconds)) -}}
+{{- end -}}
 {{- if and (eq $mode "dynamic") (has "spot" .Values.nodePool.capacityTypes) .Values.nodePool.create (gt (include "tuning.save.seconds" . | float64) (float64 $.Values.storage.saveSeconds)) -}}
 {{- fail (printf "storage.fsx: got a file system that takes a checkpoint of %s GB in %s s (%s), expected at most %v s: a spot notice leaves two minutes; raise storage.fsx.capacityGiB or throughputPerTiB" (include "tuning.save.GB" .) (include "tuning.save.seconds" .) (include "tuning.save.speed" .) $.Values.storage.saveSeconds) -}}
 {{- end -}}

@@ -18,7 +18,7 @@ from entrypoint.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED, ConfigError
 from entrypoint.kubernetes import in_cluster
 from entrypoint.preflight.base_model import BaseModel
 from entrypoint.preflight.places import check_checkpoint, check_mirror, check_output
-from entrypoint.preflight.queue import SCHEDULER_CONFIG, check_queue
+from entrypoint.preflight.queue import check_queue
 from entrypoint.preflight.traces import check_data
 from entrypoint.storage import temporary
 
@@ -35,7 +35,7 @@ Tries what a run needs before it is paid for. Nothing is trained; what it writes
 
   --checks A,B,C           which of {", ".join(CHECKS)}; default all; `config` goes with any of them
   --queue NAME             wait until this Volcano Queue is Open, through the Kubernetes API as the pod's own account
-  --scheduler-config NS/N  Volcano's ConfigMap, judged where the account may read it; default {SCHEDULER_CONFIG}
+  --scheduler-config NS/N  Volcano's ConfigMap too, where the account may read it: can a gang start from zero nodes
   --deadline SECONDS       the end of all patience; default {DEADLINE:g}
 
 A check prints one line; what a pod can't reach that has not the trainer's volumes is left out by --checks.
@@ -50,7 +50,7 @@ class Options:
 
     checks: tuple[str, ...]
     queue: str | None
-    scheduler_config: str
+    scheduler_config: str | None
     deadline: float
     help: bool
     words: list[str]
@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> Options:
     return Options(
         checks=tuple(name for name in CHECKS if name in checks),
         queue=given.get("--queue"),
-        scheduler_config=given.get("--scheduler-config", SCHEDULER_CONFIG),
+        scheduler_config=given.get("--scheduler-config"),
         deadline=_seconds(given.get("--deadline", str(DEADLINE))),
         help=any(word in ("--help", "-h") for word in words),
         words=words,

@@ -16,7 +16,6 @@ import yaml
 from entrypoint.errors import ConfigError
 from entrypoint.kubernetes import Answer, Cluster, Unreachable
 
-SCHEDULER_CONFIG = "volcano-system/volcano-scheduler-configmap"  # of Volcano's own chart
 QUEUES = "/apis/scheduling.volcano.sh/v1beta1/queues"
 POLL = 0.25  # seconds
 ROLES_LAG = 10.0  # seconds that a role made a moment ago may take to be known to the API server
@@ -27,11 +26,11 @@ VOTERS = ("overcommit", "proportion", "capacity")
 Say = Callable[[str], None]
 
 
-def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Say, warn: Say) -> str:
+def check_queue(cluster: Cluster, name: str, scheduler_config: str | None, waiting: Say, warn: Say) -> str:
     """Wait until the Queue is Open; returns what to say of it.
 
     Args:
-        scheduler_config: namespace/name of Volcano's ConfigMap; judged where the account may read it.
+        scheduler_config: namespace/name of Volcano's ConfigMap, judged where it may be read; None: not asked for.
         waiting: told what is being waited for.
         warn: told what lets this run start, and costs others.
 
@@ -42,7 +41,8 @@ def check_queue(cluster: Cluster, name: str, scheduler_config: str, waiting: Say
     while not _is_open(cluster, name, waiting, patient=time.monotonic() - began < ROLES_LAG):
         time.sleep(POLL)
     waited = time.monotonic() - began
-    return f"{name} is Open after {waited:.1f} s; {_judge_scheduler(cluster, scheduler_config, warn)}"
+    judged = f"; {_judge_scheduler(cluster, scheduler_config, warn)}" if scheduler_config else ""
+    return f"{name} is Open after {waited:.1f} s{judged}"
 
 
 def _is_open(cluster: Cluster, name: str, waiting: Say, *, patient: bool) -> bool:

@@ -12,7 +12,6 @@ from entrypoint.gang.__main__ import parse
 from entrypoint.gang.watcher import Limits
 from entrypoint.launch.topology import DEFAULT_PORT
 from entrypoint.preflight.__main__ import CHECKS, DEADLINE
-from entrypoint.preflight.queue import SCHEDULER_CONFIG
 from tests.chart.helm import CHART, run, template
 from tests.process import ROOT
 
@@ -29,11 +28,9 @@ def test_a_pod_lives_longer_than_its_program_takes_to_save() -> None:
         assert (done.returncode != 0) == refused, done.stderr
 
 
-def test_preflights_checks_deadline_and_place_of_the_schedulers_configuration_are_the_programs() -> None:
+def test_preflights_checks_and_deadline_are_the_programs() -> None:
     assert tuple(DEFAULTS["preflight"]["checks"]) == CHECKS
     assert DEFAULTS["preflight"]["deadlineSeconds"] == DEADLINE
-    checks = DEFAULTS["clusterChecks"]
-    assert f"{checks['volcanoNamespace']}/{checks['volcanoConfigMap']}" == SCHEDULER_CONFIG
 
 
 def test_the_job_knows_the_programs_exit_code_and_port() -> None:

@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft7Validator
 
 from entrypoint.config.keys import groups
-from tests.chart.helm import CHART, HELMS, VALUES, run
+from tests.chart.helm import CHART, HELMS, VALUES, run, template
 from tests.process import ROOT
 
 GENERATOR = runpy.run_path(str(ROOT / ".ci/chart_schema.py"))
@@ -74,6 +74,13 @@ def test_a_misspelt_key_anywhere_is_refused_with_its_path(
         ("training.train.learning_rate=fast", "at '/training/train/learning_rate': got string, want number"),
         ("training.checkpoint.save_every=10s", "at '/training/checkpoint/save_every': '10s' does not match pattern"),
         ("extraEnv[0].name=A,extraEnv[0].valuefrom=x", "additional properties 'valuefrom' not allowed"),
+        ("image.repository=acme/x:1.2", "at '/image/repository': 'acme/x:1.2' does not match pattern"),
+        ("preflight.image.repository=Foo Bar", "at '/preflight/image/repository': 'Foo Bar' does not match pattern"),
+        ("image.tag=a b", "at '/image/tag': 'a b' does not match pattern"),
+        ("global.imageRegistry=https://acme.io", "at '/global/imageRegistry': 'https://acme.io' does not match"),
+        ("global.imageRegistry=acme.io/", "at '/global/imageRegistry': 'acme.io/' does not match"),
+        ("nodeClass.role=arn:aws:iam::1:role/x", "at '/nodeClass/role': 'arn:aws:iam::1:role/x' does not match"),
+        ("resources.memoryGiB=900Gi", "at '/resources/memoryGiB': got string, want integer"),
         ("training.data=null", "at '/training/data': got null, want object"),
     ],
 )
@@ -87,6 +94,18 @@ def test_text_that_has_a_form_keeps_it() -> None:
     """The pattern of free text would take its place: minutes are the one form yet."""
     done = run("helm4", "template", "run-042", CHART, "-f", GRPO, "--set", "training.checkpoint.save_every=10m")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_a_label_that_null_deletes_is_gone_where_helm_keeps_the_null(helm: str) -> None:
+    """As with --reuse-values after an install that deleted a default; to the API server null is an empty value."""
+    pools = ("nodeSelector", "preflight.nodeSelector")
+    labels = json.dumps({"kubernetes.io/arch": None, "gone": None, "kept": "1"})
+    arguments = [word for pool in pools for word in ("--set-json", f"{pool}={labels}")]
+    objects = template(helm, "-f", ROOT / "values/cpu-smoke.yaml", *arguments)
+    found = re.findall(r'"nodeSelector": (\{.*?\})', json.dumps(objects))
+    assert {*found} == {'{"kept": "1"}'}
+    assert len(found) == 3  # preflight and its test, the trainer
 
 
 @pytest.mark.parametrize("helm", HELMS)

@@ -68,7 +68,7 @@ def test_an_upgrade_that_would_change_the_run_is_refused_in_words(platform: Plat
         before = [pod["metadata"]["uid"] for pod in release.pods]
         done = release.upgrade("--set-json", "training.train.learning_rate=0.00001")
         assert done.returncode != 0
-        assert "got another run than frozen has (training)" in done.stderr
+        assert "got another run than frozen has (training.train.learning_rate)" in done.stderr
         done = release.upgrade("--set", "nodePool.consolidateAfter=20s")
         assert (done.returncode, consolidate_after(release)) == (0, "20s"), done.stderr
         done = release.run("rollback", release.name, "1")

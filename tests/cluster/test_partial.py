@@ -14,6 +14,7 @@ from tests.cluster.release import Release, seconds_since
 PATIENCE = 400
 DONE = "print('done', flush=True); os._exit(0)"
 SOON = {"consolidateAfter": "5s"}  # nodes that are given back go
+UNCHECKED = {"enabled": False}  # of a node class that comes after its release
 # Where an abort is awaited there is little time for nodes, where a start is, much; where neither may come of itself,
 # the gang rests for long. An upgrade changes which.
 LONG = "10m"
@@ -50,6 +51,7 @@ def change(release: Release, nodes: int, **limits: str) -> None:
 
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
     values = {**instead_of_training(platform, "partial", DONE), "nodePool": SOON, "nodeClass": {"name": "partial"}}
+    values |= {"clusterChecks": UNCHECKED}
     release = platform.release("partial", **values, gang={"waitTimeout": "30s", "retryAfter": LONG})
     with installed_with_nodes(platform, release, 2):
         until(lambda: len(release.claims) == 2, PATIENCE, "two nodes are bought")
@@ -73,6 +75,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
 
 def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform: Platform) -> None:
     values = {**instead_of_training(platform, "never", DONE), "nodePool": SOON, "nodeClass": {"name": "never"}}
+    values |= {"clusterChecks": UNCHECKED}
     release = platform.release("never", **values, gang={"waitTimeout": "5s", "retryAfter": LONG, "retries": 1})
     left = "gang: aborted by exit code 64 or by somebody, or given up"
     with installed_with_nodes(platform, release, 2):

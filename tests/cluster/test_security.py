@@ -29,7 +29,9 @@ def test_the_trainers_account_may_do_nothing_once_it_runs(platform: Platform) ->
 
 def test_the_watchers_account_may_do_what_it_needs_and_nothing_else(platform: Platform) -> None:
     """Its rights are those of one release: one Job, one ConfigMap, and what has no name before it is created."""
-    release = platform.release("watched", preflight={"checks": []}, nodeClass={"name": "never-there"})
+    unchecked = {"enabled": False}
+    node_class = {"name": "never-there"}
+    release = platform.release("watched", preflight={"checks": []}, clusterChecks=unchecked, nodeClass=node_class)
     with release.installed():
         token = account_token(platform.plane, platform.namespace, "watched-gang")
         account = platform.plane.api.with_token(token)

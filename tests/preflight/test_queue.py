@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,12 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers
 
 @pytest.fixture
 def ask(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Preflight of the Queue alone; its code and its last line."""
+    """Preflight of the Queue and the scheduler alone; its code and its last line."""
 
-    def run(*options: str) -> tuple[int, str]:
+    def run(*options: str, scheduler: str = "volcano-system/volcano-scheduler-configmap") -> tuple[int, str]:
         deadline = [] if any(option.startswith("--deadline") for option in options) else ["--deadline=20"]
-        code = main(["--queue", "training", "--checks=", *deadline, *options])
+        config = ["--scheduler-config", scheduler] if scheduler else []
+        code = main(["--queue", "training", "--checks=", *config, *deadline, *options])
         out, err = capfd.readouterr()
         return code, (err or out).strip().splitlines()[-1]
 
@@ -174,7 +176,15 @@ def test_a_scheduler_that_never_scales_from_zero_is_named_with_what_to_write(ans
         "proportion",
     )
     answers["/api/v1/namespaces/ours/configmaps/scheduler"] = {"data": {"volcano-scheduler.conf": STOCK}}
-    assert "ConfigMap ours/scheduler: " in ask("--scheduler-config", "ours/scheduler")[1]
+    assert "ConfigMap ours/scheduler: " in ask(scheduler="ours/scheduler")[1]
+
+
+def test_a_scheduler_that_is_not_named_is_not_asked_for(answers: Answers, ask: Ask) -> None:
+    answers[QUEUE] = {"status": {"state": "Open"}}
+    answers[CONFIG] = {"data": {"volcano-scheduler.conf": STOCK}}
+    code, line = ask(scheduler="")
+    assert code == 0
+    assert re.fullmatch(r"preflight: queue: ok, training is Open after \d+\.\d s", line)
 
 
 def test_a_scheduler_that_deals_nodes_out_by_weight_is_warned_of(answers: Answers, ask: Ask) -> None:
