@@ -14,7 +14,8 @@ PYTHON_MIN := 3.11
 # Each can be given on the command line: `make pytest WORKERS=4 PYTEST_ARGS='-k resume'`.
 WORKERS ?= 2        # pytest workers; one thread each, so about one a core
 PLANES ?= 4         # workers of test-cluster, each with a control plane of 1 GiB
-PYTEST_ARGS ?=
+PYTEST_ARGS ?=      # of everything but the cluster's tests, whose are CLUSTER_ARGS
+CLUSTER_ARGS ?=
 FAULTS_ARGS ?=      # `make faults FAULTS_ARGS='--seed 7 --case kill:17'`
 DATA ?=             # traces for the demo: a folder or s3://…; empty: the ones in the package
 ENDPOINT_URL ?=     # S3 endpoint of DATA, where it is not AWS's own
@@ -105,7 +106,8 @@ pytest: setup tools ## The tests alone, but those of test-cluster; PYTEST_ARGS='
 # Each worker has a plane of its own; most of these tests wait for others' clocks, so there are more of them than cores.
 .PHONY: test-cluster
 test-cluster: setup ## The chart on a real API server with Volcano and Karpenter (root); see docs/cluster-proof.md.
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cluster -n $(strip $(PLANES)) --dist loadgroup -rP --durations 15 $(PYTEST_ARGS)
+	@$(PYTHON) -m tests.cluster check
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cluster -n $(strip $(PLANES)) --dist loadgroup -rP --durations 15 $(CLUSTER_ARGS)
 
 .PHONY: test-cluster-all
 test-cluster-all: setup ## The same, each row as often as docs/cluster-proof.md says; half an hour.

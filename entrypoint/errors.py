@@ -46,7 +46,7 @@ class DivergedError(RunError):
 
 
 class RefusedElsewhere(RunError):
-    """Rank 0 has refused the run and said why; the other ranks leave with its exit code."""
+    """Another rank has refused the run and said why: this one leaves with its exit code."""
 
     by_all = True
 

@@ -155,6 +155,7 @@ class Session:
             collective=self.trainer.is_fsdp_enabled,
             folder=self.loaded.checkpoints.folder,
             broke_off=self.story is not None and self.story.broke_off(),
+            lasting=self.run.checkpoint.mirror is None,
             setting={
                 "fingerprint": self.loaded.fingerprint,
                 "precision": compute_dtype(self.run.train),

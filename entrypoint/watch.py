@@ -5,7 +5,7 @@ a query or loads weights. So signals are read from a pipe by a thread, which als
 Whatever the main thread does, the process leaves
 
 - with 75, where it was told to stop and there is nothing to save, or the saving takes longer than `patience`;
-- with 75 or 76, where another rank has left so, or crashed, and said it;
+- with 64, 75 or 76, where another rank has left so, or crashed, and said it;
 - with 76, where another rank was not heard of for too long.
 """
 
@@ -39,7 +39,8 @@ class Leaving:
     """Why nobody can go on.
 
     Attributes:
-        code: 75 where a rank was told to stop before there was anything to agree on, else 76.
+        code: 75 where a rank was told to stop before there was anything to agree on, 64 or 75 where one ran out of
+            memory, else 76.
         why: one line.
         waited: the time that the main thread has to leave by itself is over.
     """

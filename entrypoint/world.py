@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from entrypoint.errors import (
     EXIT_LOST,
+    EXIT_REFUSED,
     EXIT_STOPPED,
     ConfigError,
     LostRankError,
@@ -253,6 +254,8 @@ def _broken(error: Exception, world: World, pulse: Pulse) -> Exception:
     heard = pulse.listen(HEARSAY) if communication else None
     if heard and heard.code == EXIT_STOPPED:
         return StoppedError(heard.why, hold=world.watch.told != STOP)
+    if heard and heard.code == EXIT_REFUSED:
+        return RefusedElsewhere(heard.why)
     if heard or communication:
         return LostRankError(heard.why if heard else f"another rank is lost: {_line(error)}")
     pulse.announce(Leaving(EXIT_LOST, f"rank {world.rank} crashed: {type(error).__name__}: {_line(error)}; leaving"))

@@ -36,7 +36,6 @@ true
 {{- else -}}
 {{- include "tuning.cluster.slots" . -}}
 {{- end -}}
-{{- include "tuning.cluster.queue" . -}}
 {{- include "tuning.cluster.storage" . -}}
 {{- include "tuning.cluster.account" . -}}
 {{- include "tuning.cluster.named" . -}}
@@ -95,10 +94,16 @@ true
 {{- end -}}
 {{- end }}
 
-{{/* What each pod names, and would never start without. Not asked for where the release brings it. */}}
-{{- define "tuning.cluster.named" -}}
+{{/* Kind/name of each of extraObjects, as a JSON list: what a release brings is not asked for. */}}
+{{- define "tuning.cluster.brought" -}}
 {{- $brought := list -}}
 {{- range .Values.extraObjects -}}{{- $brought = append $brought (printf "%s/%s" .kind .metadata.name) -}}{{- end -}}
+{{- toJson $brought -}}
+{{- end }}
+
+{{/* What each pod names, and would never start without. */}}
+{{- define "tuning.cluster.named" -}}
+{{- $brought := include "tuning.cluster.brought" . | fromJsonArray -}}
 {{- $class := .Values.gang.priorityClassName -}}
 {{- if and $class (not (has (printf "PriorityClass/%s" $class) $brought)) (not (lookup "scheduling.k8s.io/v1" "PriorityClass" "" $class)) -}}
 {{- fail (printf "gang.priorityClassName: got %s, expected a PriorityClass of the cluster: the run would never start; create it, or name another" $class) -}}

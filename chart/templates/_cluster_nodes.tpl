@@ -55,7 +55,7 @@ paid for, never used, and never given back as empty. */}}
 {{- define "tuning.cluster.nodeClass.existing" -}}
 {{- $kind := .Values.nodeClass.kind -}}
 {{- $name := .Values.nodeClass.name -}}
-{{- $found := false -}}
+{{- $found := has (printf "%s/%s" $kind $name) (include "tuning.cluster.brought" . | fromJsonArray) -}}
 {{- range .Capabilities.APIVersions -}}
 {{- $parts := splitList "/" . -}}
 {{- if and (eq (first $parts) $.Values.nodeClass.group) (eq (last $parts) $kind) -}}
@@ -94,18 +94,6 @@ paid for, never used, and never given back as empty. */}}
 {{- end -}}
 {{- if not (has $label $keys) -}}
 {{- fail (printf "gang.slotLabel: got %s, which no NodePool of the platform's requires: the pods would wait for ever; add {key: %s, operator: Exists} to its requirements, or write slotLabel: \"\"" $label $label) -}}
-{{- end -}}
-{{- end -}}
-{{- end }}
-
-{{/* A queue that can never hold the gang: its pods would have nodes bought, and not be let in, again and again. */}}
-{{- define "tuning.cluster.queue" -}}
-{{- if and .Values.queue.existing .Values.gpusPerNode -}}
-{{- $queue := lookup "scheduling.volcano.sh/v1beta1" "Queue" "" .Values.queue.existing -}}
-{{- $capability := dig "spec" "capability" "nvidia.com/gpu" "" $queue | toString -}}
-{{- $asked := mul (int .Values.nodes) (int .Values.gpusPerNode) -}}
-{{- if and (regexMatch "^[0-9]+$" $capability) (lt (atoi $capability) (int $asked)) -}}
-{{- fail (printf "queue.existing: got %s, whose capability is nvidia.com/gpu: %s, expected at least %d, which the gang asks for: it would never be let in; raise it, lower nodes, or name another" .Values.queue.existing $capability $asked) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

@@ -25,6 +25,9 @@ template:
           - --deadline={{ int $root.Values.preflight.deadlineSeconds }}
           {{- if .queue }}
           - --queue={{ include "tuning.queue.name" $root }}
+          {{- if and $root.Values.queue.existing $root.Values.gpusPerNode }}
+          - --gpus={{ mul (int $root.Values.nodes) (int $root.Values.gpusPerNode) }}
+          {{- end }}
           {{- if $root.Values.gang.slotLabel }}
           - --scheduler-config={{ $root.Values.clusterChecks.volcanoNamespace }}/{{ $root.Values.clusterChecks.volcanoConfigMap }}
           {{- end }}

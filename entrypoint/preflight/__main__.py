@@ -35,6 +35,7 @@ Tries what a run needs before it is paid for. Nothing is trained; what it writes
 
   --checks A,B,C           which of {", ".join(CHECKS)}; default all; `config` goes with any of them
   --queue NAME             wait until this Volcano Queue is Open, through the Kubernetes API as the pod's own account
+  --gpus N                 that it must be able to hold
   --scheduler-config NS/N  Volcano's ConfigMap too, where the account may read it: can a gang start from zero nodes
   --deadline SECONDS       the end of all patience; default {DEADLINE:g}
 
@@ -50,6 +51,7 @@ class Options:
 
     checks: tuple[str, ...]
     queue: str | None
+    gpus: int
     scheduler_config: str | None
     deadline: float
     help: bool
@@ -87,7 +89,7 @@ def parse(argv: list[str]) -> Options:
     rest = iter(argv)
     for word in rest:
         option, equals, value = word.partition("=")
-        if option not in ("--checks", "--queue", "--scheduler-config", "--deadline"):
+        if option not in ("--checks", "--queue", "--gpus", "--scheduler-config", "--deadline"):
             words.append(word)
             continue
         value = value if equals else next(rest, "-")
@@ -103,11 +105,18 @@ def parse(argv: list[str]) -> Options:
     return Options(
         checks=tuple(name for name in CHECKS if name in checks),
         queue=given.get("--queue"),
+        gpus=_count(given.get("--gpus", "0")),
         scheduler_config=given.get("--scheduler-config"),
         deadline=_seconds(given.get("--deadline", str(DEADLINE))),
         help=any(word in ("--help", "-h") for word in words),
         words=words,
     )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"--gpus: expected a whole number, got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -148,8 +157,8 @@ class Preflight:
     def _run(self) -> None:
         queue = self.options.queue
         if queue is not None:
-            place = self.options.scheduler_config
-            self._check("queue", lambda: check_queue(in_cluster(), queue, place, self._wait, warn))
+            gpus, place = self.options.gpus, self.options.scheduler_config
+            self._check("queue", lambda: check_queue(in_cluster(), queue, gpus, place, self._wait, warn))
         loaded: list[Any] = []
 
         def config() -> str:

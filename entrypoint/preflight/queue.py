@@ -26,32 +26,39 @@ VOTERS = ("overcommit", "proportion", "capacity")
 Say = Callable[[str], None]
 
 
-def check_queue(cluster: Cluster, name: str, scheduler_config: str | None, waiting: Say, warn: Say) -> str:
+def check_queue(cluster: Cluster, name: str, gpus: int, scheduler_config: str | None, waiting: Say, warn: Say) -> str:
     """Wait until the Queue is Open; returns what to say of it.
 
     Args:
+        gpus: that the gang asks for.
         scheduler_config: namespace/name of Volcano's ConfigMap, judged where it may be read; None: not asked for.
         waiting: told what is being waited for.
         warn: told what lets this run start, and costs others.
 
     Raises:
-        ConfigError: it will not open by itself, or the scheduler can't start a gang from zero nodes.
+        ConfigError: it will not open, or can never hold the gang, or the scheduler can't start one from zero nodes.
     """
     began = time.monotonic()
-    while not _is_open(cluster, name, waiting, patient=time.monotonic() - began < ROLES_LAG):
+    while not _is_open(cluster, name, gpus, waiting, patient=time.monotonic() - began < ROLES_LAG):
         time.sleep(POLL)
     waited = time.monotonic() - began
     judged = f"; {_judge_scheduler(cluster, scheduler_config, warn)}" if scheduler_config else ""
     return f"{name} is Open after {waited:.1f} s{judged}"
 
 
-def _is_open(cluster: Cluster, name: str, waiting: Say, *, patient: bool) -> bool:
+def _is_open(cluster: Cluster, name: str, gpus: int, waiting: Say, *, patient: bool) -> bool:
     try:
         answer = cluster.get(f"{QUEUES}/{quote(name, safe='')}")
     except Unreachable as error:  # a network policy may be in force later than its pod
         waiting(f"the Kubernetes API at {cluster.address} can't be reached ({error})")
         return False
     if answer.status == 200:
+        most = str(((answer.content.get("spec") or {}).get("capability") or {}).get("nvidia.com/gpu", ""))
+        if most.isdecimal() and int(most) < gpus:
+            raise ConfigError(
+                f"Queue {name}: its capability is nvidia.com/gpu: {most}, expected at least {gpus}, which the gang "
+                "asks for: it would never be let in, and nodes be bought for it; raise it, lower nodes, or name another"
+            )
         state = str((answer.content.get("status") or {}).get("state") or "")
         if state in ("Closed", "Closing"):
             raise ConfigError(

@@ -42,19 +42,28 @@ class Budget:
 
     Attributes:
         setting: what they depend on.
+        lasting: the next start finds what is written beside the checkpoints: without checkpoint.mirror.
     """
 
     tokens: int
     path: Path
     setting: dict[str, Any]
+    lasting: bool = True
 
-    def lower(self, tokens: int) -> None:
-        """Have the next start take `tokens`; on any number of ranks, alike.
+    def lower(self, tokens: int, why: str) -> TooLargeError:
+        """Have the next start take `tokens`, and say so; on any number of ranks, alike.
 
         Raises:
             OSError: it can't be written down: the next start would end as this one.
         """
+        said = f"train.micro_batch_tokens=auto: {why}"
+        if not self.lasting:
+            return NoRoomError(
+                f"{said}; the next start may not find checkpoint.path as it is, for which checkpoint.mirror is there: "
+                f"write train.micro_batch_tokens={tokens}"
+            )
         write_atomically(self.path, _content(self.setting, tokens, finished=True))
+        return TooLargeError(f"{said}; start the same command again, it takes {tokens:,}")
 
 
 def out_of_memory(sampler: StepSampler, budget: Budget | None) -> TooLargeError:
@@ -75,12 +84,7 @@ def out_of_memory(sampler: StepSampler, budget: Budget | None) -> TooLargeError:
             f"train.micro_batch_tokens: a step ran out of memory with {tokens} tokens a forward pass; write a smaller "
             f"number, {least} or more, or auto"
         )
-    lower = max(tokens // 2, least)
-    budget.lower(lower)
-    return TooLargeError(
-        f"train.micro_batch_tokens=auto: a step ran out of memory with {tokens:,} tokens a forward pass; start the "
-        f"same command again, it takes {lower:,}"
-    )
+    return budget.lower(max(tokens // 2, least), f"a step ran out of memory with {tokens:,} tokens a forward pass")
 
 
 def _uncut(sampler: StepSampler) -> int:
@@ -104,6 +108,7 @@ def find_budget(
     folder: Path,
     setting: dict[str, Any],
     broke_off: bool = False,
+    lasting: bool = True,
 ) -> Budget:
     """The most tokens of a micro-batch that fit.
 
@@ -115,10 +120,11 @@ def find_budget(
         setting: what else it depends on.
         broke_off: the start before crashed (on rank 0): if it was searching, what had fitted until then is the answer.
             After a notice the search begins anew.
+        lasting: the next start finds the folder as it is.
 
     Raises:
         TooLargeError: a collective `compute` ran out of memory here. The others may stand anywhere in it, so nothing
-            can be agreed on any more; the next start takes what has fitted.
+            can be agreed on any more; the next start takes what has fitted, if it finds it.
         OSError: and that can't be written down.
     """
     most = max(max(loads) for loads in map(sampler.loads, sampler.steps(0)[:STEPS]))
@@ -128,7 +134,7 @@ def find_budget(
     known: int | None = world.once(lambda: _read(folder / FILE, setting, broke_off=broke_off))
     if known is not None:
         world.say(f"train.micro_batch_tokens=auto: {known:,} tokens a forward pass, as found before")
-        return Budget(known, folder / FILE, setting)
+        return Budget(known, folder / FILE, setting, lasting)
     best = size = FIRST
     _write(world, folder, setting, best, finished=False)
     tokens = used = slope = 0.0  # of the last batch: tokens, share of the free memory, share a token
@@ -140,11 +146,8 @@ def find_budget(
             need, free = _measured(partial(compute, batch), device)
         except torch.OutOfMemoryError as error:
             if collective:
-                Budget(best, folder / FILE, setting).lower(best)  # else all starts end here
-                raise TooLargeError(
-                    f"train.micro_batch_tokens=auto: a forward pass over {computed:,} tokens ran out of memory; "
-                    f"start the same command again, it takes {best:,}"
-                ) from error
+                why = f"a forward pass over {computed:,} tokens ran out of memory"
+                raise Budget(best, folder / FILE, setting, lasting).lower(best, why) from error
             need, free = math.inf, 1.0
         # The fullest rank decides for all, and before any of them is too full.
         share = world.most((need + WAITING * parameters) / max(free, 1.0))
@@ -155,7 +158,7 @@ def find_budget(
         tokens, used = computed, share
     _write(world, folder, setting, best, finished=True)
     world.say(f"train.micro_batch_tokens=auto: {best:,} tokens a forward pass; a rank's steps have up to {most:,}")
-    return Budget(best, folder / FILE, setting)
+    return Budget(best, folder / FILE, setting, lasting)
 
 
 def _longest(cost: Cost, groups: Groups, tokens: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A plane for people:  python -m tests.cluster up | down  (make cluster-up, make cluster-down)."""
+"""A plane for people:  python -m tests.cluster up | down | check  (make cluster-up, make cluster-down)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def up() -> int:
         print(f"a plane runs already, or starts (make cluster-down ends it); its logs are in {FOLDER}", file=sys.stderr)
         print(f"export KUBECONFIG={FOLDER / 'kubeconfig'}")
         return 0
+    if check():
+        return 1
     try:
-        check_machine()
         binaries()  # here, where one sees that they are built
         prepare_image()
-    except (MachineError, ModelError, subprocess.CalledProcessError) as error:
+    except (ModelError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
     begun = time.monotonic()
@@ -109,9 +110,19 @@ def _running() -> int | None:
     return None
 
 
-COMMANDS = {"up": up, "down": down, "serve": serve}
+def check() -> int:
+    """Whether this machine can hold a plane; in one line where it can't."""
+    try:
+        check_machine()
+    except MachineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+COMMANDS = {"up": up, "down": down, "serve": serve, "check": check}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(f"usage: python -m tests.cluster up | down; got {sys.argv[1:]}")
+        sys.exit(f"usage: python -m tests.cluster up | down | check; got {sys.argv[1:]}")
     sys.exit(COMMANDS[sys.argv[1]]())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,6 +64,13 @@ def story(platform: Platform, name: str) -> dict[str, Any]:
     return said
 
 
+def resumed_after(platform: Platform, name: str) -> list[float]:
+    """Seconds from each notice that steps were agreed to end at until the run's steps began again."""
+    lines = map(json.loads, (platform.checkpoints(name) / "story.jsonl").read_text().splitlines())
+    times = [(line["event"], line["time"]) for line in lines if line["event"] in ("notice", "ready")]
+    return [after - told for (event, told), (_, after) in pairwise(times) if event == "notice"]
+
+
 def assert_same_weights(platform: Platform, name: str, *, share: float) -> None:
     """Equal to the straight run's but for the order in which gradients were added: `share` of the weights' norm."""
     ours, theirs = (load(platform.model(run)["model.safetensors"]) for run in (name, "straight"))
@@ -84,6 +92,8 @@ def assert_nothing_was_lost(platform: Platform, release: Release, *, notices: in
     said = story(platform, release.name)
     found = [said[name] for name in ("interruptions", "crashes", "lost", "steps_repeated")]
     assert found == [notices, 0, 0, 0]
+    seconds = ", ".join(f"{seconds:.1f}" for seconds in resumed_after(platform, release.name))
+    print(f"{release.name}: from notices to steps again: {seconds} s")
     assert_same_weights(platform, release.name, share=share)
 
 

@@ -95,14 +95,23 @@ def test_a_queue_is_waited_for_until_it_is_open(answers: Answers, ask: Ask) -> N
         ),
         ((404, None), "Queue training: the cluster has no Queues; install Volcano 1.12 or later"),
         ({"status": {"state": "Closed"}}, "Queue training: is Closed; open it"),
+        (
+            {"spec": {"capability": {"nvidia.com/gpu": "15"}}, "status": {"state": "Open"}},
+            "Queue training: its capability is nvidia.com/gpu: 15, expected at least 16, which the gang asks for",
+        ),
         (refusal(418, "no"), "Queue training: the Kubernetes API answers 418 (no)"),
     ],
 )
 def test_a_queue_that_will_not_open_by_itself_is_refused(answers: Answers, ask: Ask, answer: Any, says: str) -> None:
     answers[QUEUE] = answer
-    code, line = ask()
+    code, line = ask("--gpus=16")
     assert code == 64
     assert line.startswith(f"entrypoint: preflight: queue: {says}")
+
+
+def test_a_queue_that_just_holds_the_gang_is_as_good_as_any(answers: Answers, ask: Ask) -> None:
+    answers[QUEUE] = {"spec": {"capability": {"nvidia.com/gpu": "16"}}, "status": {"state": "Open"}}
+    assert ask("--gpus=16")[0] == 0
 
 
 def test_a_role_that_is_missing_is_named_after_a_while(

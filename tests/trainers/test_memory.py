@@ -241,6 +241,17 @@ def test_below_what_is_computed_together_a_smaller_budget_does_not_help(
     assert ends[-1].exit_code == 64
 
 
+def test_where_the_folder_may_be_gone_at_the_next_start_the_number_is_the_users_to_write(
+    sampler: StepSampler, tmp_path: Path
+) -> None:
+    """Else each start of a run whose disk goes with its pod would find the same number again, and end as this one."""
+    sampler.budget = 10_000
+    end = memory.out_of_memory(sampler, memory.Budget(10_000, tmp_path / memory.FILE, SETTING, lasting=False))
+    assert end.exit_code == 64
+    assert str(end).endswith("write train.micro_batch_tokens=5000")
+    assert not (tmp_path / memory.FILE).exists()
+
+
 def test_a_damaged_answer_is_found_again(sampler: StepSampler, tmp_path: Path) -> None:
     first = find(sampler, tmp_path, [])
     (tmp_path / memory.FILE).write_text("{")
