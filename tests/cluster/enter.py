@@ -47,15 +47,15 @@ def main(path: str) -> int:
 def _become(spec: dict[str, Any]) -> None:
     _mount(None, "/", None, REC | PRIVATE)
     root = _root(spec["scratch"])
-    for target, source in spec["image"].items():
-        os.makedirs(root + target, exist_ok=True)
-        _open_way(root, target)
-        _bind(source, root + target, read_only=True)
     _mount("proc", root + "/proc", "proc", NOSUID | NOEXEC)
     _bind("/sys", root + "/sys", read_only=True)
     _devices(root)
-    for mount in sorted(spec["mounts"], key=lambda mount: mount["target"]):
+    image = [{"source": source, "target": target, "read_only": True} for target, source in spec["image"].items()]
+    # By their depth: a work tree in /tmp is seen though the pod has a volume there.
+    for mount in sorted([*image, *spec["mounts"]], key=lambda mount: mount["target"]):
         _bind(mount["source"], _inside(root, mount["target"]), read_only=mount["read_only"])
+    for path in spec["image"]:
+        _open_way(root, path)
     if spec["read_only_root"]:
         _mount(None, root, None, BIND | REMOUNT | RDONLY)
     os.chroot(root)
