@@ -38,11 +38,6 @@ class Machine:
     folder: Path
     cluster: Mapping[str, str]  # environment that every container gets of its cluster
 
-    def logs(self, pod: Object) -> Path:
-        """Where the logs of a pod's containers lie; they stay when the pod has gone."""
-        metadata = pod["metadata"]
-        return self.folder / f"pods/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
-
 
 class Stopped(Exception):
     """The pod is to end before it has begun."""
@@ -209,7 +204,7 @@ class Pod(threading.Thread):
                 time.sleep(AGAIN)
 
     def _containers(self, kind: str) -> list[Container]:
-        logs = self.machine.logs(self.pod)
+        logs = log_folder(self.machine.folder, self.pod)
         return [
             Container(spec, self._folder / spec["name"], logs / f"{spec['name']}.log")
             for spec in self.pod["spec"].get(kind, [])
@@ -230,6 +225,12 @@ class Pod(threading.Thread):
             time.sleep(0.2)
         data = (found or {}).get("data", {})
         return {key: base64.b64decode(text) if kind == "secrets" else text.encode() for key, text in data.items()}
+
+
+def log_folder(plane: Path, pod: Object) -> Path:
+    """Where the logs of a pod's containers lie; they stay when the pod has gone. `plane` is the plane's folder."""
+    metadata = pod["metadata"]
+    return plane / f"pods/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
 
 
 def first_process(plane: Path, pod: Object, container: str) -> psutil.Process | None:

@@ -19,6 +19,7 @@ from tests.chart.helm import run as run_helm
 from tests.cluster.api import Object
 from tests.cluster.events import what_happened
 from tests.cluster.plane import Plane, until
+from tests.cluster.pod import log_folder
 
 VALUES = Path(__file__).parent / "values.yaml"
 ONGOING = ("", "Pending", "Running", "Completing", "Restarting")  # phases of a Job on its way
@@ -125,8 +126,7 @@ class Release:
 
     def log(self, pod: Object) -> str:
         """What a pod of the gang has written so far."""
-        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-        file = self.plane.folder / "pods" / self.namespace / f"{name}-{uid[:8]}" / "trainer.log"
+        file = log_folder(self.plane.folder, pod) / "trainer.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def _values(self) -> list[str]:

@@ -50,8 +50,8 @@ def change(release: Release, nodes: int, **limits: str) -> None:
 
 
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
-    values = {**instead_of_training(platform, "partial", DONE), "nodePool": SOON, "nodeClass": {"name": "partial"}}
-    values |= {"clusterChecks": UNCHECKED}
+    values = instead_of_training(platform, "partial", DONE)
+    values |= {"nodePool": SOON, "nodeClass": {"name": "partial"}, "clusterChecks": UNCHECKED}
     release = platform.release("partial", **values, gang={"waitTimeout": "30s", "retryAfter": LONG})
     with installed_with_nodes(platform, release, 2):
         until(lambda: len(release.claims) == 2, PATIENCE, "two nodes are bought")
@@ -74,8 +74,8 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
 
 
 def test_what_somebody_suspends_stays_and_what_never_starts_is_given_up(platform: Platform) -> None:
-    values = {**instead_of_training(platform, "never", DONE), "nodePool": SOON, "nodeClass": {"name": "never"}}
-    values |= {"clusterChecks": UNCHECKED}
+    values = instead_of_training(platform, "never", DONE)
+    values |= {"nodePool": SOON, "nodeClass": {"name": "never"}, "clusterChecks": UNCHECKED}
     release = platform.release("never", **values, gang={"waitTimeout": "5s", "retryAfter": LONG, "retries": 1})
     left = "gang: aborted by exit code 64 or by somebody, or given up"
     with installed_with_nodes(platform, release, 2):
