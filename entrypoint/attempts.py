@@ -88,8 +88,9 @@ def read_attempts(ledger: Path, run: str) -> list[Attempt]:
     for line in _lines(ledger, run):
         event, launch = line["event"], line["launch"]
         attempt = launched.get(launch)  # a second run on the same folder writes between this one's lines
-        if attempt is None and found and event not in ("launch", "start"):
-            attempt = None if event == "end" and _another(found[-1], line) else found[-1]
+        if attempt is None and found and event != "start":
+            another = {"launch": _has_begun, "end": _is_of_another}.get(event)
+            attempt = None if another and another(found[-1], line) else found[-1]
         if attempt is None or (event == "start" and attempt.start):
             found.append(attempt := Attempt())
         if launch:
@@ -117,7 +118,12 @@ def _lines(ledger: Path, run: str) -> list[Event]:
     return lines
 
 
-def _another(attempt: Attempt, end: Event) -> bool:
+def _has_begun(attempt: Attempt, launch: Event) -> bool:
+    """Whether node 0 has written of `attempt`, so that its `launch` is of a later start: others may end before it."""
+    return bool(attempt.start or attempt.events) or any(end.get("node", 0) == 0 for end in attempt.ends)
+
+
+def _is_of_another(attempt: Attempt, end: Event) -> bool:
     """Whether an `end` is of a later start than `attempt`: of the same node, but of another launch."""
     same_node = [line for line in (attempt.start, *attempt.ends) if line and line.get("node", 0) == end.get("node", 0)]
     return any(line["launch"] != end["launch"] for line in same_node)

@@ -1,6 +1,6 @@
 """The story of a run over all of its starts: `story.jsonl` in checkpoint.path, one line an event, and what it says.
 
-    launch     nodes; node 0's ranks are about to be started
+    launch     nodes; node 0's launcher is there
     locked     another run holds the folder: this start never had it
     start      attempt, resume_step, world_size, restart_count; reached and reached_at: the start before it got so far
     ready      step: the steps begin
@@ -150,6 +150,10 @@ class Story:
     def attempts(self) -> list[Attempt]:
         """The starts of this run since it was last complete, in order; the newest may be under way."""
         return read_attempts(self.folder / STORY, self._run)
+
+    def earlier(self) -> list[Attempt]:
+        """Those before this one, as its launcher sees it."""
+        return [attempt for attempt in self.attempts() if all(line["launch"] != self.launch for line in attempt.events)]
 
     def broke_off(self) -> bool:
         """Whether the start before this one crashed, or ended without a word; read by a start that is under way."""

@@ -335,7 +335,7 @@ def test_nodes_that_break_off_in_one_instant_end_one_after_another(
         assert [line for line in err.splitlines() if "holds" in line] == [f"launcher: {hold}"] * bool(hold)
 
 
-def test_a_node_whose_ranks_crashed_ends_its_hold_when_it_is_told(launch: Launch) -> None:
+def test_a_node_whose_ranks_crashed_ends_its_hold_when_it_is_told(launch: Launch, tmp_path: Path) -> None:
     """As a scheduler tells it, once the first node has ended: the crash stands, and was no end by a notice."""
     process = launch("1:fail=boom", **NODES, NODE_RANK="1", hold="600")
     assert process.stderr is not None
@@ -343,7 +343,8 @@ def test_a_node_whose_ranks_crashed_ends_its_hold_when_it_is_told(launch: Launch
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 1
-    assert "the last start crashed (boom)" in end(launch("0:exit=0", hold="0"))[2]
+    (attempt,) = Story(tmp_path, "toy").attempts()
+    assert (attempt.how, attempt.error) == ("crash", "boom")
 
 
 @pytest.mark.parametrize(
@@ -411,6 +412,7 @@ def test_the_pause_grows_with_the_restart_count_and_a_notice_ends_it(launch: Lau
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 75
     assert not (tmp_path / "started.0").exists()
+    assert [attempt.how for attempt in Story(tmp_path, "toy").attempts()] == ["crash", "stopped"]
 
 
 def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:

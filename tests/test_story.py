@@ -140,6 +140,27 @@ def test_crashes_in_a_row(tmp_path: Path) -> None:
     assert row(*crash("a"), *crash("b"), end("r", 64, node=0), *crash("c")) == ["error of c"]
 
 
+def test_a_node_that_crashes_before_node_0_is_there_crashes_once_and_in_that_start(tmp_path: Path) -> None:
+    """Its end comes before the start's `launch`: neither a start of its own nor known to the decision on that start."""
+
+    def broken(start: int, *nodes: int) -> list[Line]:
+        return [end(f"{start}-{node}", 1, node=node, error=f"error of {start}-{node}") for node in nodes]
+
+    first, second = ({"event": "launch", "launch": f"{start}-0", "nodes": 3} for start in (1, 2))
+    for lines in (
+        [*broken(1, 2), first, *broken(1, 1, 0), *broken(2, 2), second],
+        [first, *broken(1, 2, 0, 1), *broken(2, 2, 1), second],
+    ):
+        story = told(tmp_path, *lines)
+        assert [len(attempt.ends) for attempt in story.attempts()] == [3, len(lines) - 5]
+        story.launch = "2-0"
+        assert [attempt.error for attempt in story.earlier()] == ["error of 1-2"]
+        assert Restarts(story, 2, None).pause() == (2.0, "error of 1-2")
+    story = told(tmp_path, first, *broken(1, 2, 0), *broken(2, 2), *broken(3, 2), {**first, "launch": "4-0"})
+    story.launch = "4-0"  # node 0 of the second start was never there
+    assert [attempt.error for attempt in story.earlier()] == ["error of 1-2", "error of 2-2"]
+
+
 def test_lost_machines_are_a_third_of_a_crash(tmp_path: Path) -> None:
     lost = [start(str(number)) for number in range(9)]
     assert Restarts(told(tmp_path, *lost[:8]), 3, None).pause() == (60, "the start was cut off without a word")

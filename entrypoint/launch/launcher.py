@@ -70,9 +70,10 @@ def launch(
     if restarts:
         restarts.story.launch = name
         if topology.node_rank == 0:
-            if _told_in_pause(wakeup, *restarts.pause()):
-                return EXIT_STOPPED
             restarts.begin(topology.nodes)
+            if _told_in_pause(wakeup, *restarts.pause()):
+                restarts.note(Verdict(EXIT_STOPPED), topology, told=True)
+                return EXIT_STOPPED
     ranks = Ranks(grace, patience, kill_after)
     try:
         ranks.start(module, argv, {**environ, LAUNCH_VARIABLE: name}, topology)

@@ -46,13 +46,20 @@ class Restarts:
         count = read_number(environ, "RESTART_COUNT", default=0, minimum=0) if environ.get("RESTART_COUNT") else None
         return cls(Story.of(run), run.checkpoint.max_crashes, count)
 
+    def begin(self, nodes: int) -> None:
+        """Write down that the run is started: what nodes write from here on is of this start.
+
+        A container that is killed as a whole leaves no other line.
+        """
+        self.story.append("launch", nodes=nodes)
+
     def pause(self) -> tuple[float, str]:
         """Seconds to wait before the ranks are started, and why; 0 where the last start did not crash.
 
         Raises:
             CrashedError: it has crashed too often.
         """
-        attempts = self.story.attempts()
+        attempts = self.story.earlier()
         row = crashes_in_a_row(attempts)
         crashes = sum(1.0 if attempt.how == "crash" else LOST_WEIGHT for attempt in row)
         if crashes > self.max_crashes - 1e-6:
@@ -66,10 +73,6 @@ class Restarts:
             return 0.0, ""
         count = len(row) if self.count is None else max(1, self.count)
         return min(LONGEST_PAUSE, 2.0 ** min(count, 10)), row[-1].error
-
-    def begin(self, nodes: int) -> None:
-        """Write down that ranks are started: a container that is killed as a whole leaves no other line."""
-        self.story.append("launch", nodes=nodes)
 
     def note(self, verdict: Verdict, topology: Topology, *, told: bool) -> None:
         """Write down how this node's ranks ended, and whether they had been `told` to stop."""

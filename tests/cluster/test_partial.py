@@ -15,7 +15,7 @@ PATIENCE = 400
 DONE = "print('done', flush=True); os._exit(0)"
 SOON = {"consolidateAfter": "5s"}  # nodes that are given back go
 UNCHECKED = {"enabled": False}  # of a node class that comes after its release
-# Where an abort is awaited there is little time for nodes, where a start is, much; where neither may come of itself,
+# Where an abort is awaited there is little time for the gang, where nodes are, much; where neither may come of itself,
 # the gang rests for long. An upgrade changes which.
 LONG = "10m"
 
@@ -42,7 +42,7 @@ def limit_nodes(release: Release, nodes: int) -> None:
 
 
 def change(release: Release, nodes: int, **limits: str) -> None:
-    """Upgrade to other `gang` values, which is another watcher, and to so many nodes; the gang is aborted meanwhile."""
+    """Upgrade to other `gang` values, which is another watcher, and to so many nodes: more only where the gang is aborted meanwhile."""
     arguments = [f"--set=gang.{name}={limit}" for name, limit in limits.items()]
     done = release.upgrade("--force-conflicts", *arguments)  # takes back the pool's limit, which this test has changed
     assert done.returncode == 0, done.stderr
@@ -52,9 +52,10 @@ def change(release: Release, nodes: int, **limits: str) -> None:
 def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(platform: Platform) -> None:
     values = instead_of_training(platform, "partial", DONE)
     values |= {"nodePool": SOON, "nodeClass": {"name": "partial"}, "clusterChecks": UNCHECKED}
-    release = platform.release("partial", **values, gang={"waitTimeout": "30s", "retryAfter": LONG})
+    release = platform.release("partial", **values, gang={"waitTimeout": LONG, "retryAfter": LONG})
     with installed_with_nodes(platform, release, 2):
         until(lambda: len(release.claims) == 2, PATIENCE, "two nodes are bought")
+        change(release, 2, waitTimeout="5s")
         begun = time.monotonic()
         until(lambda: release.phase == "Aborted", PATIENCE, "the gang is given up for now")
         print(f"two nodes to the abort: {seconds_since(begun)}")
@@ -62,7 +63,7 @@ def test_two_nodes_that_wait_for_a_third_are_given_back_until_it_can_be_had(plat
         until(lambda: release.claims == [], PATIENCE, "the two are given back")
         print(f"two nodes to none: {seconds_since(begun)}")
         assert release.phase == "Aborted"
-        reason = "not all pods ran within 30s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 10m"
+        reason = "not all pods ran within 5s (pods: 3 pending, of 3): aborted, its nodes may go; tried again in 10m"
         assert reason in watcher_log(release)
         assert [reason in message for message in events(release, "GangTimeout")] == [True]
         change(release, 3, waitTimeout=LONG, retryAfter="20s")
