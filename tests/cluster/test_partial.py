@@ -42,7 +42,7 @@ def limit_nodes(release: Release, nodes: int) -> None:
 
 
 def change(release: Release, nodes: int, **limits: str) -> None:
-    """Upgrade to other `gang` values, which is another watcher, and to so many nodes: more only where the gang is aborted meanwhile."""
+    """Upgrade to other `gang` values, which is another watcher, and to so many nodes; for more the gang is aborted."""
     arguments = [f"--set=gang.{name}={limit}" for name, limit in limits.items()]
     done = release.upgrade("--force-conflicts", *arguments)  # takes back the pool's limit, which this test has changed
     assert done.returncode == 0, done.stderr
