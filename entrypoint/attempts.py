@@ -89,8 +89,7 @@ def read_attempts(ledger: Path, run: str) -> list[Attempt]:
         event, launch = line["event"], line["launch"]
         attempt = launched.get(launch)  # a second run on the same folder writes between this one's lines
         if attempt is None and found and event != "start":
-            another = {"launch": _has_begun, "end": _is_of_another}.get(event)
-            attempt = None if another and another(found[-1], line) else found[-1]
+            attempt = None if _is_of_a_later(found[-1], line) else found[-1]
         if attempt is None or (event == "start" and attempt.start):
             found.append(attempt := Attempt())
         if launch:
@@ -118,15 +117,18 @@ def _lines(ledger: Path, run: str) -> list[Event]:
     return lines
 
 
-def _has_begun(attempt: Attempt, launch: Event) -> bool:
-    """Whether node 0 has written of `attempt`, so that its `launch` is of a later start: others may end before it."""
-    return bool(attempt.start or attempt.events) or any(end.get("node", 0) == 0 for end in attempt.ends)
+def _is_of_a_later(attempt: Attempt, line: Event) -> bool:
+    """Whether a launcher's line is of a later start than `attempt`: of another restart, or of another launch of a node.
 
-
-def _is_of_another(attempt: Attempt, end: Event) -> bool:
-    """Whether an `end` is of a later start than `attempt`: of the same node, but of another launch."""
-    same_node = [line for line in (attempt.start, *attempt.ends) if line and line.get("node", 0) == end.get("node", 0)]
-    return any(line["launch"] != end["launch"] for line in same_node)
+    Another node's `end` may come before node 0's `launch`, and a node may have left no line in `attempt`.
+    """
+    if line["event"] not in ("launch", "end"):
+        return False
+    lines = [known for known in (attempt.start, *attempt.events, *attempt.ends) if known]
+    count, counts = line.get("restart_count"), {known["restart_count"] for known in lines if "restart_count" in known}
+    if count is not None and counts and count not in counts:
+        return True
+    return any(known.get("node", 0) == line.get("node", 0) and known["launch"] != line["launch"] for known in lines)
 
 
 def crashes_in_a_row(attempts: list[Attempt]) -> list[Attempt]:

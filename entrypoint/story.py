@@ -1,13 +1,13 @@
 """The story of a run over all of its starts: `story.jsonl` in checkpoint.path, one line an event, and what it says.
 
-    launch     nodes; node 0's launcher is there
+    launch     nodes, restart_count; node 0's launcher is there
     locked     another run holds the folder: this start never had it
     start      attempt, resume_step, world_size, restart_count; reached and reached_at: the start before it got so far
     ready      step: the steps begin
     caught_up  step: the first one that is not a repetition
     saved      step, bytes, stall, seconds, step_seconds
     notice     step: told to stop
-    end        code, step, error; from a launcher also its node, and whether it had been told to stop
+    end        code, step, error; from a launcher also its node, restart_count, and whether it had been told to stop
 
 Each has `time` (seconds since 1970), `run` (whose story it is: a folder may see others) and `launch` (which start of
 the node's launcher). Rank 0 writes them, node 0's launcher `launch` and an `end`, and each other node's an `end` where

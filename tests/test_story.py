@@ -161,6 +161,20 @@ def test_a_node_that_crashes_before_node_0_is_there_crashes_once_and_in_that_sta
     assert [attempt.error for attempt in story.earlier()] == ["error of 1-2", "error of 2-2"]
 
 
+def test_restarts_that_are_counted_tell_the_starts_apart(tmp_path: Path) -> None:
+    """Node 1 left no line in the first, which was stopped: its crash is the second's, whose node 0 is yet to come."""
+    stopped = {"event": "launch", "launch": "a", "restart_count": 0}, start("a"), end("a", 75, node=0, restart_count=0)
+    early = end("b", 1, node=1, error="a bug", restart_count=1)
+    launched: Line = {"event": "launch", "launch": "c", "restart_count": 1}
+    told_to_stop = end("c", 75, node=0, told=True, restart_count=1)
+    story = told(tmp_path, *stopped, early, launched, told_to_stop)
+    assert [(attempt.how, attempt.error) for attempt in story.attempts()][1:] == [("crash", "a bug")]
+    assert Restarts(story, 3, 2).pause() == (4.0, "a bug")
+    story = told(tmp_path, *stopped, early, {**launched, "launch": "d", "restart_count": 2})
+    story.launch = "d"  # the second's node 0 was never there
+    assert [attempt.how for attempt in story.earlier()] == ["stopped", "crash"]
+
+
 def test_lost_machines_are_a_third_of_a_crash(tmp_path: Path) -> None:
     lost = [start(str(number)) for number in range(9)]
     assert Restarts(told(tmp_path, *lost[:8]), 3, None).pause() == (60, "the start was cut off without a word")

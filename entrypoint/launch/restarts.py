@@ -51,7 +51,7 @@ class Restarts:
 
         A container that is killed as a whole leaves no other line.
         """
-        self.story.append("launch", nodes=nodes)
+        self.story.append("launch", nodes=nodes, **self._counted)
 
     def pause(self) -> tuple[float, str]:
         """Seconds to wait before the ranks are started, and why; 0 where the last start did not crash.
@@ -76,4 +76,10 @@ class Restarts:
 
     def note(self, verdict: Verdict, topology: Topology, *, told: bool) -> None:
         """Write down how this node's ranks ended, and whether they had been `told` to stop."""
-        self.story.append("end", code=verdict.code, error=verdict.error, node=topology.node_rank, told=told)
+        said = {"code": verdict.code, "error": verdict.error, "node": topology.node_rank, "told": told}
+        self.story.append("end", **said, **self._counted)
+
+    @property
+    def _counted(self) -> dict[str, int]:
+        """The same on all nodes of a start, which share nothing else before they meet."""
+        return {} if self.count is None else {"restart_count": self.count}
