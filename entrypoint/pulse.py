@@ -44,7 +44,7 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def close(self) -> None:
-        """The ranks part in order."""
+        """Neither beat nor hear from now on: the ranks part in order, or this one has said why it leaves."""
         self._closed.set()
 
     def news(self, passed: float, *, told: bool) -> Leaving | None:

@@ -59,6 +59,9 @@ class Peers(Protocol):
     def announce(self, leaving: Leaving) -> None:
         """Let the others know, within a bounded time."""
 
+    def close(self) -> None:
+        """Neither tell nor hear anything from now on."""
+
 
 class Watch:
     """One for a process.
@@ -124,7 +127,8 @@ class Watch:
                 heard_at = now if heard_at is None else heard_at
                 if news.waited or now - heard_at >= SHORTLY or self.patience == AT_ONCE:
                     self._end(news)
-            if told_at is not None and self.patience is not None and now - told_at >= self.patience:
+            patience = self.patience  # the main thread changes it
+            if told_at is not None and patience is not None and now - told_at >= patience:
                 leaving = Leaving(EXIT_STOPPED, "told to stop; start the same command again to go on")
                 if self.peers:
                     self.peers.announce(leaving)
@@ -139,12 +143,15 @@ class Watch:
     def _end(self, leaving: Leaving) -> None:
         """End the process, unless the main thread is about to."""
         self._ending.acquire()
+        error = leaving.why if leaving.code == EXIT_LOST else ""
+        alone = self._stop and leaving.code == EXIT_STOPPED
+        # First: of a rank that has reported the launcher says nothing more, and the line is the log's last.
+        report(Verdict(leaving.code, hold=not self._stop, told=self._stop, error=error, alone=alone))
         if leaving.code == EXIT_LOST or os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):
                 os.write(2, f"entrypoint: {leaving.why}\n".encode())
-        error = leaving.why if leaving.code == EXIT_LOST else ""
-        alone = self._stop and leaving.code == EXIT_STOPPED
-        report(Verdict(leaving.code, hold=not self._stop, told=self._stop, error=error, alone=alone))
+        if self.peers:
+            self.peers.close()  # the store goes with rank 0, and torch would say so
         with contextlib.suppress(Exception):
             self.last_words(leaving.code)
         leave(leaving.code, TIDY)

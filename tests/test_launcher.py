@@ -552,3 +552,9 @@ def test_reporting_a_verdict_outside_a_launcher_does_nothing(monkeypatch: pytest
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_after_a_ranks_last_word_the_launcher_has_none_for_it(launch: Launch) -> None:
+    """It has said how the run is to be gone on with, and stays the log's last; its teardown is no longer waited for."""
+    code, _, err = end(launch("0:verdict=75,touch=reported,wait=never", "1:wait=reported,alone", ranks=2))
+    assert (code, err) == (75, "")

@@ -54,7 +54,7 @@ class Lock:
         }
         self._file: int | None = None
         self._has_flock = True  # the file system
-        self._stop = threading.Event()
+        self._stop, self._writing = threading.Event(), threading.Lock()
 
     def acquire(self) -> None:
         """Take the folder.
@@ -116,10 +116,11 @@ class Lock:
         if self._file is None:
             return
         self._stop.set()
-        if self._read().get("holder") == self._lease["holder"]:
-            os.ftruncate(self._file, 0)
-        os.close(self._file)
-        self._file = None
+        with self._writing:  # a beat that is under way would go to whatever file gets the number next
+            if self._read().get("holder") == self._lease["holder"]:
+                os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
         atexit.unregister(self.release)
 
     def _flock(self) -> bool:
@@ -144,8 +145,10 @@ class Lock:
         while not self._stop.wait(BEAT):
             number += 1
             try:
-                self.check()
-                self._write(number)
+                with self._writing:
+                    if not self._stop.is_set():
+                        self.check()
+                        self._write(number)
             except (OSError, CheckpointError, TypeError):
                 continue  # a full disk, or taken: the next save finds out and says so
 

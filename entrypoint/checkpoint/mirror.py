@@ -12,7 +12,7 @@ from typing import Any
 
 from entrypoint.checkpoint.manifest import MANIFEST, DamagedError
 from entrypoint.checkpoint.remote import DAMAGED, Remote
-from entrypoint.errors import CheckpointError
+from entrypoint.errors import CheckpointError, StorageDownError
 from entrypoint.storage import explained
 
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds before a copy that failed is tried again, doubled each time
@@ -103,7 +103,7 @@ class Mirror:
         try:
             with explained(self.url, CheckpointError):
                 self._remote.prune(self.keep, newest)
-        except CheckpointError as error:  # the copy is there; what is too much is removed after the next one
+        except (CheckpointError, StorageDownError) as error:  # the copy is there; the next one removes both
             if not self._cannot_remove:
                 self.warn(f"older checkpoints stay in the mirror: {error}")
             self._cannot_remove = True

@@ -127,6 +127,25 @@ def test_an_outage_is_told_once_and_the_newest_goes_up_after_it(
     assert place.warnings[1].endswith("holds step-00000300; the mirror is up to date again")
 
 
+def test_a_copy_is_up_there_though_older_ones_cannot_be_removed_now(
+    place: Place, faults: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    mirror = place.mirror(faults.endpoint_url, keep=1)
+    for step, plan in ((100, None), (200, removing_fails), (300, None)):
+        faults.plan = plan
+        mirror.submit(checkpoint(place.local, step))
+        assert mirror.finish(ENOUGH)
+        assert place.complete() == ([100, 200] if plan else [step])
+    assert faults.injected["503"] >= 2
+    (warning,) = place.warnings
+    assert warning.startswith("older checkpoints stay in the mirror: ")
+
+
+def removing_fails(number: int, method: str, path: str) -> str | None:
+    return "503" if method == "DELETE" or path.endswith("?delete") else None
+
+
 def test_submitting_and_finishing_are_bounded_while_the_line_is_dead(place: Place, faults: FaultProxy) -> None:
     faults.plan = every(1, [HOLE])
     mirror = place.mirror(faults.endpoint_url)
