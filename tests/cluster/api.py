@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 FIELD_MANAGER = "tests"
 METADATA = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"
-TRIES = 60  # half a second apart, where the server says to try again
+TRIES = 60  # half a second apart, where the server says to try again, or is too busy
 WATCH_SECONDS = 240  # a watch is begun anew after this time; a silent connection is given up a little later
 
 
@@ -184,7 +184,7 @@ class Api:
                 status, content = self._exchange(method, path, payload, headers)
             except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):  # idle, and closed by the server
                 status, content = self._exchange(method, path, payload, headers)
-            if status != 429:  # "try again": a definition that is seconds old has no storage yet
+            if status != 429 and status < 500:  # "try again": a definition that is seconds old has no storage yet
                 break
             threading.Event().wait(0.5)
         try:

@@ -119,11 +119,12 @@ class Container:
         """Whether it was started and has not ended."""
         return self._process is not None and self.code is None
 
-    def signal(self, number: int) -> None:
-        """Send a signal to its first process, which for SIGKILL takes all others along."""
+    def signal(self, number: int) -> bool:
+        """Send a signal to its first process, which for SIGKILL takes all others along; False: it has none yet."""
         with contextlib.suppress(OSError, ValueError):
             if self.running:
                 os.kill(int(self._pid_file.read_text()), number)
+        return not self.running or self._pid_file.exists()
 
     def status(self) -> Object:
         """Its entry in the pod's status."""

@@ -94,7 +94,7 @@ class Start:
         with self.held(moment):
             begun = time.monotonic()
             for claim in self.release.claims:
-                if claim["status"].get("nodeName") in names:
+                if claim.get("status", {}).get("nodeName") in names:
                     api.delete("nodeclaims.karpenter.sh", claim["metadata"]["name"])
             until(lambda: all(TOLD in self.log(node) for node in nodes), 60, f"nodes {nodes} are told")
             told = seconds_since(begun)

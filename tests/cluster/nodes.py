@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ class Nodes:
         """`port` is where logs are served; `died` is told a node's name when its machine is no more."""
         self._api, self._port, self._died = api, port, died
         self._alive: dict[str, Object] = {}
+        self._with_storage: set[str] = set()  # those whose storage driver is registered
 
     def start(self) -> None:
         """Register the ordinary node and keep all alive, in threads that end with the process."""
@@ -40,20 +42,22 @@ class Nodes:
             name = node["metadata"]["name"]
             if kind == "DELETED" or UNPLUGGED in node["metadata"].get("annotations", {}):
                 self._alive.pop(name, None)
+                self._with_storage.discard(name)
                 self._died(name)
             else:
-                if name not in self._alive:
-                    self._alive[name] = node
-                    self._quietly(partial(self._api.apply, self._storage(node)))
+                if self._alive.setdefault(name, node) is node:
+                    self._register_storage(name, node)
                 if not is_ready(node):
                     self._say_ready(name)
 
-    def _storage(self, node: Object) -> Object:
-        """What a storage driver's agent registers; Volcano binds no pod with a claim to a node without it."""
+    def _register_storage(self, name: str, node: Object) -> None:
+        """As a storage driver's agent does; Volcano binds no pod with a claim to a node without it."""
         driver = {"name": DRIVER, "nodeID": node["metadata"]["name"]}
         metadata = {"name": node["metadata"]["name"], "ownerReferences": [_owner(node)]}
         spec = {"drivers": [driver]}
-        return {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": metadata, "spec": spec}
+        made = {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": metadata, "spec": spec}
+        if self._quietly(partial(self._api.apply, made)):
+            self._with_storage.add(name)
 
     def _say_ready(self, name: str) -> None:
         healthy = {"MemoryPressure": "False", "DiskPressure": "False", "PIDPressure": "False", "Ready": "True"}
@@ -80,6 +84,8 @@ class Nodes:
         while True:
             for name, node in list(self._alive.items()):
                 self._quietly(partial(self._lease, name, node))
+                if name not in self._with_storage:
+                    self._register_storage(name, node)
             threading.Event().wait(HEARTBEAT)
 
     def _lease(self, name: str, node: Object) -> None:
@@ -92,11 +98,13 @@ class Nodes:
         }
         self._api.apply(lease)
 
-    def _quietly(self, call: Callable[[], object]) -> None:
+    def _quietly(self, call: Callable[[], object]) -> bool:
         try:
             call()
-        except (ApiError, OSError) as error:  # gone in the meantime, or a server that is ending
-            print(f"node: {error}", flush=True)
+        except (ApiError, OSError, http.client.HTTPException) as error:  # gone in the meantime, or a server's end
+            print(f"node: {error!r}", flush=True)
+            return False
+        return True
 
 
 def is_ready(node: Object) -> bool:

@@ -143,9 +143,8 @@ class Pod(threading.Thread):
         again: dict[str, float] = {}  # when a container that ended is started again
         while True:
             if self._deadline is not None:
-                if not told and not self._silent:
-                    _signal(containers, signal.SIGTERM)
-                told = True
+                if not told:
+                    told = self._silent or _signal(containers, signal.SIGTERM)
                 if time.monotonic() >= self._deadline:
                     if self._silent:
                         self.machine.network.cut(self._address)  # first: a dead machine closes no connection
@@ -159,7 +158,8 @@ class Pod(threading.Thread):
                     container.restarts += 1
                     self._start(container, sandbox, folders)
                     self._report("Running")
-            if all(c.code is not None and (told or not self._restarts(c)) for c in containers):
+            stopping = self._deadline is not None
+            if all(c.code is not None and (stopping or not self._restarts(c)) for c in containers):
                 return
             time.sleep(POLL)
 
@@ -244,6 +244,7 @@ def _folder(plane: Path, pod: Object) -> Path:
     return plane / "run" / str(pod["metadata"]["uid"])
 
 
-def _signal(containers: list[Container], number: int) -> None:
-    for container in containers:
-        container.signal(number)
+def _signal(containers: list[Container], number: int) -> bool:
+    """Whether each of those that run has got it."""
+    got = [container.signal(number) for container in containers]
+    return all(got)

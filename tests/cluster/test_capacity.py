@@ -27,7 +27,9 @@ def only(platform: Platform, capacity_type: str) -> Iterator[None]:
 
 def test_where_spot_is_taken_away_on_demand_is_bought_and_the_other_way_round(platform: Platform) -> None:
     values = instead_of_training(platform, "falls-back", SLEEP)
-    release = platform.release("falls-back", **values, nodes=2, nodePool={"capacityTypes": ["spot", "on-demand"]})
+    # The node that is not lost stays while another is bought, however long that takes here.
+    either = {"capacityTypes": ["spot", "on-demand"], "consolidateAfter": "120s"}
+    release = platform.release("falls-back", **values, nodes=2, nodePool=either)
     with release.installed():
         until(partial(asleep, release), PATIENCE, "the gang runs")
         assert capacity(release) == ["spot", "spot"]  # the cheaper one, while it is there
@@ -67,7 +69,7 @@ def replace(release: Release, lost: str) -> None:
 def capacity(release: Release) -> list[str]:
     """What the gang's nodes were bought as."""
     nodes = {pod["spec"]["nodeName"] for pod in release.pods}
-    return sorted(of(claim) for claim in release.claims if claim["status"].get("nodeName") in nodes)
+    return sorted(of(claim) for claim in release.claims if claim.get("status", {}).get("nodeName") in nodes)
 
 
 def of(claim: Object) -> str:

@@ -133,7 +133,8 @@ def test_preflight_refuses_with_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("helm", HELMS)
 def test_what_an_interrupted_install_leaves_goes_with_the_commands_of_the_readme(platform: Platform, helm: str) -> None:
     api, before = platform.plane.api, before_a_release(platform.plane)
-    release = platform.release("run-042", helm=helm, preflight=CONFIG_ALONE)
+    never = [{"secretRef": {"name": "not-there"}}]  # its pod waits for it, and Helm for the pod
+    release = platform.release("run-042", helm=helm, preflight=CONFIG_ALONE, envFrom=never)
     preflight = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component=preflight"
     assert release.install_interrupted(lambda: api.list("pods", release.namespace, labels=preflight)) != 0
     assert release.claims == []

@@ -7,6 +7,7 @@ import re
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.api import ApiError, Object
@@ -72,8 +73,17 @@ def until_log(plane: Plane, namespace: str, name: str, lines: list[str]) -> None
     until(written, 60, f"pod {name} wrote {lines}")
 
 
+def running(plane: Plane, namespace: str) -> psutil.Process:
+    """The first process of the pod's container, which may have written before its number is known."""
+    pod = plane.api.get("pods", "pod", namespace)
+    until(lambda: first_process(plane.folder, pod, "main"), 60, "the container's first process")
+    process = first_process(plane.folder, pod, "main")
+    assert process
+    return process
+
+
 def until_gone(plane: Plane, namespace: str, name: str) -> None:
-    until(lambda: plane.api.find("pods", name, namespace) is None, 90, f"pod {name} is gone")
+    until(lambda: plane.api.find("pods", name, namespace) is None, 180, f"pod {name} is gone")
 
 
 def test_files_and_environment_are_what_the_pod_says(plane: Plane, namespace: str) -> None:
@@ -248,9 +258,8 @@ def test_a_container_that_fails_is_started_again_where_the_pod_says_so(plane: Pl
 def test_a_container_does_not_outlive_who_started_it(plane: Plane, namespace: str) -> None:
     run(plane, namespace, shell("echo up; sleep 600"))
     until_log(plane, namespace, "pod", ["up"])
-    process = first_process(plane.folder, plane.api.get("pods", "pod", namespace), "main")
-    starter = process and process.parent()
-    assert process
+    process = running(plane, namespace)
+    starter = process.parent()
     assert starter
     starter.kill()  # as when a test run is killed
     until(lambda: not process.is_running(), 60, "the process is dead")
@@ -281,8 +290,7 @@ def test_a_node_that_is_unplugged_says_nothing_more(plane: Plane, namespace: str
         plane.api.patch("nodes", "spare", {"status": {"capacity": capacity, "allocatable": capacity}}, sub="status")
         run(plane, namespace, shell("echo up; sleep 600"), nodeSelector={"spare": "true"})
         until_log(plane, namespace, "pod", ["up"])
-        process = first_process(plane.folder, plane.api.get("pods", "pod", namespace), "main")
-        assert process
+        process = running(plane, namespace)
         plane.api.patch("nodes", "spare", {"metadata": {"annotations": {UNPLUGGED: "true"}}})
         until(lambda: not process.is_running(), 60, "the process is dead")
         assert plane.api.get("pods", "pod", namespace)["status"]["phase"] == "Running"

@@ -13,6 +13,18 @@ from tests.cluster.release import ONGOING, Release, until_completed
 from tests.cluster.snapshot import before_a_release, everything, until_as_before
 
 PATIENCE = 180
+# One pod alone: where all end in one instant, Volcano may give the Job up at once. And once the others are there: a
+# signal that came before they can hear it would be lost.
+ONE_BREAKS = """
+import pathlib
+folder = pathlib.Path("/checkpoints/crash", os.environ.get("RESTART_COUNT") or "0")
+folder.mkdir(parents=True, exist_ok=True)
+(folder / os.environ["NODE_RANK"]).touch()
+while os.environ["NODE_RANK"] != "1" or len(list(folder.iterdir())) < 3:
+    time.sleep(0.05)
+print("it broke", flush=True)
+os._exit(1)
+"""
 
 
 def test_a_node_that_ends_later_than_the_first_is_not_killed(platform: Platform) -> None:
@@ -38,9 +50,7 @@ def test_a_wrong_configuration_ends_the_job_for_good(platform: Platform) -> None
 
 
 def test_a_crash_loop_ends_at_max_retry(platform: Platform) -> None:
-    # One pod alone: where all end in one instant, Volcano may give the Job up at once.
-    program = "os.environ['NODE_RANK'] == '1' and (print('it broke', flush=True), os._exit(1)); time.sleep(3600)"
-    values = instead_of_training(platform, "crash", program)
+    values = instead_of_training(platform, "crash", ONE_BREAKS)
     release = platform.release("crash", **values, gang={"maxRetry": 3})
     with release.installed():
         until(lambda: release.phase == "Failed", PATIENCE, "the Job is given up")

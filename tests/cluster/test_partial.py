@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.cluster.api import Object
+from tests.cluster.instance_types import TYPES
 from tests.cluster.plane import until
 from tests.cluster.platform import Platform, instead_of_training
 from tests.cluster.release import Release, seconds_since
 
 PATIENCE = 400
+CPUS = TYPES["p5en.48xlarge"][0]
 DONE = "print('done', flush=True); os._exit(0)"
 SOON = {"consolidateAfter": "5s"}  # nodes that are given back go
 UNCHECKED = {"enabled": False}  # of a node class that comes after its release
@@ -36,15 +38,15 @@ def installed_with_nodes(platform: Platform, release: Release, nodes: int) -> It
 
 
 def limit_nodes(release: Release, nodes: int) -> None:
-    """Let the pool have so many; by their GPUs, since Karpenter counts `nodes` only once they are there."""
-    limits = {"spec": {"limits": {"nvidia.com/gpu": str(8 * nodes)}}}
+    """Let the pool have so many; by their CPUs, of which the chart says nothing, so that no upgrade opens it."""
+    limits = {"spec": {"limits": {"cpu": str(CPUS * nodes)}}}
     release.plane.api.patch("nodepools.karpenter.sh", f"{release.name}.{release.namespace}", limits)
 
 
 def change(release: Release, nodes: int, **limits: str) -> None:
     """Upgrade to other `gang` values, which is another watcher, and to so many nodes; for more the gang is aborted."""
     arguments = [f"--set=gang.{name}={limit}" for name, limit in limits.items()]
-    done = release.upgrade("--force-conflicts", *arguments)  # takes back the pool's limit, which this test has changed
+    done = release.upgrade(*arguments)
     assert done.returncode == 0, done.stderr
     limit_nodes(release, nodes)
 
