@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint.launch.topology import free_port
 from tests.process import scrubbed
-from tests.servers.server import free_port
 
 pytestmark = pytest.mark.slow
 
 DEADLINE = 240.0  # seconds for what takes ten on a quiet machine
 TIMEOUT = 10  # of the ranks' collectives, seconds
-SLACK = 15.0  # seconds on a busy machine
-AT_ONCE = 5.0  # seconds from a notice to the end of the process
+SLACK = 60.0  # seconds on a busy machine; what would not end by itself never does
 
 RANKS = multiprocessing.get_context("forkserver")  # a process of its own each, that need not import torch
 RANKS.set_forkserver_preload(["entrypoint.world", "tests.test_lost_ranks"])
@@ -117,29 +116,34 @@ def left(folder: Path, ranks: list[BaseProcess], rank: int, within: float) -> tu
 def test_a_notice_ends_all_ranks_while_one_works_and_the_others_wait(tmp_path: Path, told: int) -> None:
     with two_ranks(tmp_path, "once") as ranks:
         send(ranks[told], signal.SIGTERM)
-        ends = [left(tmp_path, ranks, rank, AT_ONCE + SLACK / 3) for rank in (told, 1 - told)]
+        ends = [left(tmp_path, ranks, rank, SLACK) for rank in (told, 1 - told)]
     assert [code for code, _ in ends] == [75, 75]
     assert ends[0 if told == 0 else 1][1] == "entrypoint: told to stop; start the same command again to go on"
+
+
+SILENT = "nothing was heard of rank {} for 9 s"
+BROKEN = "another rank is lost"
 
 
 @pytest.mark.parametrize(
     ("word", "victim", "how", "why"),
     [
-        ("once", 0, signal.SIGSTOP, "the store of rank 0 has not answered for 9 s"),
-        ("once", 0, signal.SIGKILL, "another rank is lost"),
-        ("each", 1, signal.SIGKILL, "nothing was heard of rank 1 for 9 s"),
-        ("collective", 1, signal.SIGSTOP, "nothing was heard of rank 1 for 9 s"),
-        ("collective", 1, signal.SIGKILL, "another rank is lost"),
+        # Its last beat may be older than the store's last answer.
+        ("once", 0, signal.SIGSTOP, ("the store of rank 0 has not answered for 9 s", SILENT.format(0))),
+        ("once", 0, signal.SIGKILL, (BROKEN,)),
+        ("each", 1, signal.SIGKILL, (SILENT.format(1),)),
+        ("collective", 1, signal.SIGSTOP, (SILENT.format(1), BROKEN)),  # the collective's own time-out is a second more
+        ("collective", 1, signal.SIGKILL, (BROKEN,)),
     ],
 )
 def test_a_lost_rank_is_not_waited_for_beyond_the_time_out(
-    tmp_path: Path, word: str, victim: int, how: signal.Signals, why: str
+    tmp_path: Path, word: str, victim: int, how: signal.Signals, why: tuple[str, ...]
 ) -> None:
     with two_ranks(tmp_path, word) as ranks:
         send(ranks[victim], how)
         code, line = left(tmp_path, ranks, 1 - victim, TIMEOUT + SLACK)
     assert code == 76, line
-    assert why in line
+    assert any(text in line for text in why), line
 
 
 def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_a_rank_that_works_for_long_is_waited_for(tmp_path: Path) -> None:
         ranks[1].join(TIMEOUT * 1.5)
         assert all(process.is_alive() for process in ranks)
         (tmp_path / "pipe").write_text("made")
-        assert [left(tmp_path, ranks, rank, SLACK * 2) for rank in range(2)] == [(0, ""), (0, "")]
+        assert [left(tmp_path, ranks, rank, SLACK) for rank in range(2)] == [(0, ""), (0, "")]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

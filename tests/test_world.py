@@ -6,8 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+from entrypoint.launch.topology import free_port
 from tests.process import ROOT, scrubbed
-from tests.servers.server import free_port
 
 PROGRAM = """
 import sys

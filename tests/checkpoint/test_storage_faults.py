@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from entrypoint.checkpoint.find import newest
+from entrypoint.launch.topology import free_port
 from tests.checkpoint.states import RUN
 from tests.process import ROOT, scrubbed
-from tests.servers.server import free_port
 
 TMPFS = "mount -t tmpfs -o size=8m tmpfs {folder} && {ranks}"
 RANK = "RANK={rank} LOCAL_RANK={rank} {python} -m tests.checkpoint.saving_rank {folder} {fault}"

@@ -57,7 +57,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Scene:
 @pytest.fixture(scope="module")
 def killed(scene: Scene) -> Path:
     """The folder of a run that was killed in epoch 2."""
-    start = scene.start("killed")
+    start = scene.start("killed", "checkpoint.keep=9")  # else the one that is waited for is there for half a second
     with start.process() as process:
         start.wait_for_step(process, AFTER_A_CHECKPOINT, saved=SAVE_EVERY)
         kill(process)

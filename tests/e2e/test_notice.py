@@ -13,18 +13,17 @@ from typing import Any
 
 import pytest
 
+from entrypoint.launch.topology import free_port
 from tests.e2e import traces
 from tests.e2e.runs import TINY_RUN, maths
 from tests.faults.hits import catches
 from tests.faults.life import Life, Start
 from tests.faults.zygote import Zygote
-from tests.servers.server import free_port
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-AT_ONCE = 5.0  # seconds from a notice to the end, where no step has to be finished
-SLACK = 5.0  # on a busy machine
+SLACK = 60.0  # seconds on a busy machine: from a notice to the end, half of what the launcher would kill after
 LOST = 20  # train.collective_timeout, seconds
 
 
@@ -138,7 +137,7 @@ def test_a_run_told_to_stop_again_and_again_ends_as_if_it_had_not_been(scene: Sc
         assert ended.code == 75, f"{moment}: {ended.err}"
         assert "Traceback" not in ended.err
         assert "start the same command again" in ended.last_word, f"{moment}: {ended.err}"
-        assert seconds <= AT_ONCE + SLACK, moment
+        assert seconds <= SLACK, moment
 
     again = life.start().end()
     assert again.code == 0, again.err
@@ -152,12 +151,11 @@ def test_a_run_told_to_stop_again_and_again_ends_as_if_it_had_not_been(scene: Sc
 
 
 def test_the_node_that_was_told_leaves_first_and_the_other_holds(scene: Scene) -> None:
-    hold = 8
     meet = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared = scene.life("nodes")
     places = shared.words["checkpoint.path"], shared.words["output.path"]
     nodes = [
-        scene.life(f"node-{node}", *places, f"checkpoint.hold_seconds={hold}", "train.max_steps=400", ranks=1)
+        scene.life(f"node-{node}", *places, "checkpoint.hold_seconds=600", "train.max_steps=400", ranks=1)
         for node in range(2)
     ]
     for node, life in enumerate(nodes):
@@ -166,14 +164,11 @@ def test_the_node_that_was_told_leaves_first_and_the_other_holds(scene: Scene) -
     assert first.wait_for(lambda: shared.events("ready") > 0), first.end().err
     second.process.send_signal(signal.SIGTERM)
     told = second.end()
-    left = time.monotonic()
-    assert first.process.poll() is None
+    assert first.wait_for(lambda: "this node holds, for up to 600 s" in first.logs[1].read_text()), first.end().err
+    first.process.send_signal(signal.SIGTERM)  # as a scheduler does, once the other has ended
     held = first.end()
-    seconds = time.monotonic() - left
     assert (told.code, held.code) == (75, 75), told.err + held.err
-    assert "this node holds, for up to 8 s" in held.err
     assert "holds" not in told.err
-    assert seconds <= hold + SLACK  # both ranks had saved before either left
     (notice,) = events(shared, "notice")
     assert (shared.checkpoints / f"step-{notice['step']:08d}" / "manifest.json").exists()
 
@@ -188,7 +183,7 @@ def test_a_rank_that_is_lost_ends_the_run_in_a_bounded_time_as_a_crash(
     assert start.wait_for(lambda: start.reached >= 2), start.end().err
     other, victim = start.ranks()
     victim.send_signal(how)
-    other.wait(LOST + 2 * SLACK)
+    other.wait(LOST + SLACK)
     ended = start.end()
     assert ended.code == code, ended.err
     *_, end = events(life, "end")  # the launcher's; rank 0 writes one before it where its watch ends it

@@ -88,25 +88,27 @@ def told(scene: Scene, s3: S3Server) -> Told:
     proxy, run = scene.proxy, scene.life
     weather = at_random(7, 0.2, FAULTS)
 
+    def held(n: int, method: str, path: str) -> str | None:
+        """The weather, in which no run can end: its output hangs at the weights."""
+        return HOLE if method == "PUT" and path.endswith(f"/out/{WEIGHTS}") else weather(n, method, path)
+
     proxy.plan = every(1, ["503"])
     run.env = {**s3.env, "AWS_MAX_ATTEMPTS": "2"}
     outage = run.start().end()
 
-    proxy.plan = weather
+    proxy.plan = held
     run.env = {**s3.env, "AWS_MAX_ATTEMPTS": "8"}
     start = run.start()
-    start.wait_for(lambda: len(scene.mirrored()) > 1)
+    assert start.wait_for(lambda: len(scene.mirrored()) > 1), start.end().err
     start.lose()
     start.end()
     mirrored = scene.mirrored()
     scene.lose_the_disk()
 
-    # Its output hangs at the weights, and there it is killed.
-    proxy.plan = lambda n, method, path: (
-        HOLE if method == "PUT" and path.endswith(f"/out/{WEIGHTS}") else weather(n, method, path)
-    )
+    # Killed where its output hangs, as the one before may have been.
+    before = proxy.injected[HOLE]
     start = run.start()
-    start.wait_for(lambda: proxy.injected[HOLE] > 0)
+    assert start.wait_for(lambda: proxy.injected[HOLE] > before), start.end().err
     start.lose()
     after_the_loss = start.end().out
     published = sorted(path.name for path in (scene.bucket / "out").iterdir())

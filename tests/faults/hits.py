@@ -23,13 +23,13 @@ Hit = Callable[[Start, random.Random], tuple[int, ...]]  # does it, and returns 
 
 def lose(start: Start, dice: random.Random) -> tuple[int, ...]:
     start.lose()
-    return (-signal.SIGKILL,)
+    return (-signal.SIGKILL, 0)
 
 
 def kill_rank(start: Start, dice: random.Random) -> tuple[int, ...]:
     """One rank; a verdict that it has given already stands."""
-    for victim in dice.sample(all_ranks(start), 1):
-        victim.send_signal(signal.SIGKILL)
+    if ranks := all_ranks(start):
+        send(dice.choice(ranks), signal.SIGKILL)
     return (KILLED, 0)
 
 
@@ -39,7 +39,7 @@ def stop_rank(start: Start, dice: random.Random) -> tuple[int, ...]:
     if not ranks:
         return (0,)
     victim, other = dice.sample(ranks, 2)
-    victim.send_signal(signal.SIGSTOP)
+    send(victim, signal.SIGSTOP)
     try:
         other.wait(TIMEOUT + SLACK)
     except psutil.TimeoutExpired as error:
@@ -52,11 +52,11 @@ def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
     """SIGSTOP to all of them, for the time of the block."""
     try:
         for process in processes:
-            process.send_signal(signal.SIGSTOP)
+            send(process, signal.SIGSTOP)
         yield
     finally:
         for process in processes:
-            process.send_signal(signal.SIGCONT)
+            send(process, signal.SIGCONT)
 
 
 def tell_launcher(start: Start, dice: random.Random) -> tuple[int, ...]:
@@ -66,7 +66,8 @@ def tell_launcher(start: Start, dice: random.Random) -> tuple[int, ...]:
 
 
 def tell_rank(start: Start, dice: random.Random) -> tuple[int, ...]:
-    return tell(start, dice.sample(all_ranks(start), 1))
+    ranks = all_ranks(start)
+    return tell(start, [dice.choice(ranks)] if ranks else [])
 
 
 def tell_ranks(start: Start, dice: random.Random) -> tuple[int, ...]:
@@ -87,9 +88,14 @@ def tell(start: Start, ranks: list[psutil.Process]) -> tuple[int, ...]:
     """SIGTERM to these ranks themselves; one whose Python has not begun yet can't catch it, and is a killed rank."""
     heard = all(catches(rank.pid) for rank in ranks)
     for rank in ranks:
-        with suppress(psutil.NoSuchProcess):
-            rank.send_signal(signal.SIGTERM)
+        send(rank, signal.SIGTERM)
     return (75, 0) if heard else (75, 0, TERMINATED)
+
+
+def send(process: psutil.Process, signum: int) -> None:
+    """A signal to one that may have ended since it was looked for."""
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signum)
 
 
 def catches(pid: int) -> bool:
@@ -109,5 +115,4 @@ def all_ranks(start: Start) -> list[psutil.Process]:
         found[:] = start.ranks()
         return len(found) == start.life.ranks
 
-    start.wait_for(there)
-    return found
+    return found if start.wait_for(there) else []

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.servers.server import free_port, serve
+from entrypoint.launch.topology import free_port
+from tests.servers.server import serve
 
 
 @dataclass(frozen=True)

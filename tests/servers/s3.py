@@ -15,7 +15,8 @@ from typing import Any
 
 import s3fs
 
-from tests.servers.server import free_port, serve
+from entrypoint.launch.topology import free_port
+from tests.servers.server import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,13 +14,6 @@ from pathlib import Path
 
 Probe = Callable[[], bool]
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on right now; the caller may lose it again, so `serve` is tried anew."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrypoint.launch.topology import free_port
 from tests.servers.s3 import ROOT
-from tests.servers.server import free_port, serve
+from tests.servers.server import serve
 
 
 @dataclass(frozen=True)

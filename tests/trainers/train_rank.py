@@ -24,12 +24,12 @@ from entrypoint import host
 from entrypoint.command import explain
 from entrypoint.conf import Dpo, Grpo
 from entrypoint.errors import RunError
+from entrypoint.launch.topology import free_port
 from entrypoint.launch.verdict import leave
 from entrypoint.save import full_state
 from entrypoint.training import memory
 from entrypoint.world import World, joined
 from tests.process import ROOT, scrubbed
-from tests.servers.server import free_port
 from tests.trainers.builders import make_run, make_trainer
 from tests.trainers.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.trainers.sample_groups import ragged_groups
