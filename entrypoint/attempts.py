@@ -88,8 +88,8 @@ def read_attempts(ledger: Path, run: str) -> list[Attempt]:
     for line in _lines(ledger, run):
         event, launch = line["event"], line["launch"]
         attempt = launched.get(launch)  # a second run on the same folder writes between this one's lines
-        if attempt is None and found and event != "start":
-            attempt = None if _is_of_a_later(found[-1], line) else found[-1]
+        if attempt is None and event != "start":
+            attempt = _start_of(found, line)
         if attempt is None or (event == "start" and attempt.start):
             found.append(attempt := Attempt())
         if launch:
@@ -117,18 +117,23 @@ def _lines(ledger: Path, run: str) -> list[Event]:
     return lines
 
 
-def _is_of_a_later(attempt: Attempt, line: Event) -> bool:
-    """Whether a launcher's line is of a later start than `attempt`: of another restart, or of another launch of a node.
+def _start_of(found: list[Attempt], line: Event) -> Attempt | None:
+    """Which start a line of a launch that is not met yet is of; None: of a later one than `found` has.
 
-    Another node's `end` may come before node 0's `launch`, and a node may have left no line in `attempt`.
+    Another node's `end` may come before node 0's `launch`. It may also come after the next start's, from a container on
+    a machine that was taken for dead: then the restart count tells. A node has one launch in a start.
     """
     if line["event"] not in ("launch", "end"):
-        return False
-    lines = [known for known in (attempt.start, *attempt.events, *attempt.ends) if known]
-    count, counts = line.get("restart_count"), {known["restart_count"] for known in lines if "restart_count" in known}
-    if count is not None and counts and count not in counts:
-        return True
-    return any(known.get("node", 0) == line.get("node", 0) and known["launch"] != line["launch"] for known in lines)
+        return found[-1] if found else None
+    count = line.get("restart_count")
+    for attempt in reversed(found[-2:]):
+        lines = [known for known in (attempt.start, *attempt.events, *attempt.ends) if known]
+        counts = {known["restart_count"] for known in lines if "restart_count" in known}
+        if count in counts or (attempt is found[-1] and (count is None or not counts)):
+            node = line.get("node", 0)
+            another = any(known.get("node", 0) == node and known["launch"] != line["launch"] for known in lines)
+            return None if another else attempt
+    return None
 
 
 def crashes_in_a_row(attempts: list[Attempt]) -> list[Attempt]:

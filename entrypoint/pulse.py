@@ -36,6 +36,7 @@ class Pulse:
         self._exchanged = 0.0
         self._gone: float | None = None
         self._heard: Leaving | None = None
+        self._heard_at: float | None = None  # by `_clock`
         self._own: Leaving | None = None
         self._closed, self._wake, self._announced = threading.Event(), threading.Event(), threading.Event()
 
@@ -53,7 +54,10 @@ class Pulse:
             return None
         self._clock += min(passed, 1.0)
         if self._heard:
-            return self._heard
+            self._heard_at = self._clock if self._heard_at is None else self._heard_at
+            if self._rank or self._announced.is_set() or self._clock - self._heard_at >= ANNOUNCE:
+                return self._heard
+            return None  # the store goes with rank 0, and not all have heard
         limit = min(PATIENCE_WHEN_TOLD, self._limit) if told else self._limit
         if self._gone is not None and self._clock - self._gone > min(STORE_GONE, limit):
             return Leaving(EXIT_LOST, "rank 0 is gone, and the store with it; leaving", waited=True)

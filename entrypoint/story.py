@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ class Story:
 
     def earlier(self) -> list[Attempt]:
         """Those before this one, as its launcher sees it."""
-        return [attempt for attempt in self.attempts() if all(line["launch"] != self.launch for line in attempt.events)]
+        own = self.launch
+        return list(takewhile(lambda attempt: all(line["launch"] != own for line in attempt.events), self.attempts()))
 
     def broke_off(self) -> bool:
         """Whether the start before this one crashed, or ended without a word; read by a start that is under way."""

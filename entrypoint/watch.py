@@ -147,11 +147,11 @@ class Watch:
         alone = self._stop and leaving.code == EXIT_STOPPED
         # First: of a rank that has reported the launcher says nothing more, and the line is the log's last.
         report(Verdict(leaving.code, hold=not self._stop, told=self._stop, error=error, alone=alone))
+        if self.peers:
+            self.peers.close()  # the store goes with rank 0, and torch would say so
         if leaving.code == EXIT_LOST or os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):
                 os.write(2, f"entrypoint: {leaving.why}\n".encode())
-        if self.peers:
-            self.peers.close()  # the store goes with rank 0, and torch would say so
         with contextlib.suppress(Exception):
             self.last_words(leaving.code)
         leave(leaving.code, TIDY)

@@ -425,7 +425,9 @@ def test_the_pause_grows_with_the_restart_count_and_a_notice_ends_it(launch: Lau
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 75
     assert not (tmp_path / "started.0").exists()
-    assert [attempt.how for attempt in Story(tmp_path, "toy").attempts()] == ["crash", "stopped"]
+    crashed, stopped = Story(tmp_path, "toy").attempts()
+    assert (crashed.how, stopped.how) == ("crash", "stopped")
+    assert [line["restart_count"] for line in (*stopped.events, *stopped.ends)] == [9, 9]  # it tells starts apart
 
 
 def test_a_crash_after_a_notice_is_none(launch: Launch, tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ def end(launch: str, code: int, **more: Any) -> Line:
     return {"event": "end", "launch": launch, "code": code, **more}
 
 
+def launch(name: str, count: int) -> Line:
+    return {"event": "launch", "launch": name, "nodes": 3, "restart_count": count}
+
+
 def told(folder: Path, *lines: Line) -> Story:
     """A ledger of these lines."""
     text = "".join(json.dumps({"run": "this", "time": 0, "launch": "", **line}) + "\n" for line in lines)
@@ -163,16 +167,30 @@ def test_a_node_that_crashes_before_node_0_is_there_crashes_once_and_in_that_sta
 
 def test_restarts_that_are_counted_tell_the_starts_apart(tmp_path: Path) -> None:
     """Node 1 left no line in the first, which was stopped: its crash is the second's, whose node 0 is yet to come."""
-    stopped = {"event": "launch", "launch": "a", "restart_count": 0}, start("a"), end("a", 75, node=0, restart_count=0)
+    stopped = launch("a", 0), start("a"), end("a", 75, node=0, restart_count=0)
     early = end("b", 1, node=1, error="a bug", restart_count=1)
-    launched: Line = {"event": "launch", "launch": "c", "restart_count": 1}
     told_to_stop = end("c", 75, node=0, told=True, restart_count=1)
-    story = told(tmp_path, *stopped, early, launched, told_to_stop)
+    story = told(tmp_path, *stopped, early, launch("c", 1), told_to_stop)
     assert [(attempt.how, attempt.error) for attempt in story.attempts()][1:] == [("crash", "a bug")]
     assert Restarts(story, 3, 2).pause() == (4.0, "a bug")
-    story = told(tmp_path, *stopped, early, {**launched, "launch": "d", "restart_count": 2})
+    story = told(tmp_path, *stopped, early, launch("d", 2))
     story.launch = "d"  # the second's node 0 was never there
     assert [attempt.how for attempt in story.earlier()] == ["stopped", "crash"]
+
+
+def test_a_machine_that_was_taken_for_dead_ends_in_its_own_start(tmp_path: Path) -> None:
+    """Its container goes on for a while, and writes when the next start is under way."""
+    late = end("a2", 76, node=2, restart_count=3)
+    crashed = end("b1", 1, node=1, error="a bug", restart_count=4), end("b", 76, node=0, restart_count=4)
+    story = told(tmp_path, launch("a", 3), start("a"), launch("b", 4), start("b"), late, *crashed)
+    assert [(attempt.how, len(attempt.ends)) for attempt in story.attempts()] == [("lost", 1), ("crash", 2)]
+
+
+def test_another_nodes_crash_is_of_its_own_run_though_a_second_one_has_come(tmp_path: Path) -> None:
+    second = launch("s", 0), {"event": "locked", "launch": "s"}, end("s", 64, node=0, restart_count=0)
+    crashed = end("a1", 1, node=1, error="a bug", restart_count=3)
+    story = told(tmp_path, launch("a", 3), start("a"), *second, crashed)
+    assert [attempt.how for attempt in story.attempts()] == ["crash", "locked"]
 
 
 def test_lost_machines_are_a_third_of_a_crash(tmp_path: Path) -> None:

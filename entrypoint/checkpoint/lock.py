@@ -113,10 +113,10 @@ class Lock:
 
     def release(self) -> None:
         """Leave the folder to the next run, without a wait for it."""
-        if self._file is None:
-            return
         self._stop.set()
         with self._writing:  # a beat that is under way would go to whatever file gets the number next
+            if self._file is None:
+                return
             if self._read().get("holder") == self._lease["holder"]:
                 os.ftruncate(self._file, 0)
             os.close(self._file)

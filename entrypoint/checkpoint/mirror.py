@@ -107,6 +107,8 @@ class Mirror:
             if not self._cannot_remove:
                 self.warn(f"older checkpoints stay in the mirror: {error}")
             self._cannot_remove = True
+        else:
+            self._cannot_remove = False
 
     # Down ------------------------------------------------------------------------------------------------------------
 

@@ -77,9 +77,10 @@ class Ranks:
             if signum in self._forwarded:
                 return
             self._forwarded.add(signum)
+            known = self._known()
             if self._grace_ends is None:
                 self._grace_ends = time.monotonic() + self._grace
-                self.told = not any(verdict.crashed for verdict in self._known())
+                self.told = not any(verdict.crashed for verdict in known)
             if waiting := [rank for rank in self.running if rank.reported is None]:  # else their line is the last
                 told = f"{len(waiting)} ranks are told" if len(waiting) > 1 else "the rank is told"
                 say(f"{signal.Signals(signum).name}: {told}; waiting for them to save and leave")

@@ -67,7 +67,7 @@ class Restarts:
                 f"{self.story.folder}: {len(row)} starts in a row crashed without a newer checkpoint "
                 f"(checkpoint.max_crashes={self.max_crashes}); the first: {row[0].error}; mend that and start again"
             )
-            self.story.append("end", code=EXIT_REFUSED, node=0, error=str(error))
+            self.story.append("end", code=EXIT_REFUSED, error=str(error), node=0, told=False, **self._counted)
             raise error
         if not row or row[-1] is not attempts[-1]:  # stopped since, or never crashed
             return 0.0, ""

@@ -199,3 +199,23 @@ def test_without_flock_a_run_on_the_same_machine_is_known_by_its_beat(
     assert ["has no flock" in line for line in said] == [True, False]
     first.release()
     taken(tmp_path).release()
+
+
+def test_a_file_is_not_closed_under_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to whatever file gets the number next."""
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    lock, beats, goes_on = taken(tmp_path), threading.Event(), threading.Event()
+
+    def held(descriptor: int) -> None:
+        beats.set()
+        goes_on.wait(60)
+
+    monkeypatch.setattr(os, "fsync", held)
+    assert beats.wait(60)
+    leaving = threading.Thread(target=lock.release)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    goes_on.set()
+    leaving.join(60)
+    assert (tmp_path / LOCK).read_text() == ""

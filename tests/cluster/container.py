@@ -121,10 +121,13 @@ class Container:
 
     def signal(self, number: int) -> bool:
         """Send a signal to its first process, which for SIGKILL takes all others along; False: it has none yet."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(FileNotFoundError):
             if self.running:
-                os.kill(int(self._pid_file.read_text()), number)
-        return not self.running or self._pid_file.exists()
+                process = int(self._pid_file.read_text())
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+            return True
+        return False
 
     def status(self) -> Object:
         """Its entry in the pod's status."""

@@ -166,7 +166,7 @@ def test_the_node_that_was_told_leaves_first_and_the_other_holds(scene: Scene) -
     told = second.end()
     assert first.wait_for(lambda: "this node holds, for up to 600 s" in first.logs[1].read_text()), first.end().err
     first.process.send_signal(signal.SIGTERM)  # as a scheduler does, once the other has ended
-    held = first.end()
+    held = first.end(60)
     assert (told.code, held.code) == (75, 75), told.err + held.err
     assert "holds" not in told.err
     (notice,) = events(shared, "notice")
