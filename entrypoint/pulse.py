@@ -36,7 +36,7 @@ class Pulse:
         self._exchanged = 0.0
         self._gone: float | None = None
         self._heard: Leaving | None = None
-        self._heard_at: float | None = None  # by `_clock`
+        self._heard_at = 0.0  # by `_clock`
         self._own: Leaving | None = None
         self._closed, self._wake, self._announced = threading.Event(), threading.Event(), threading.Event()
 
@@ -45,7 +45,7 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def close(self) -> None:
-        """Neither beat nor hear from now on: the ranks part in order, or this one has said why it leaves."""
+        """Neither beat nor hear from now on."""
         self._closed.set()
 
     def news(self, passed: float, *, told: bool) -> Leaving | None:
@@ -54,7 +54,6 @@ class Pulse:
             return None
         self._clock += min(passed, 1.0)
         if self._heard:
-            self._heard_at = self._clock if self._heard_at is None else self._heard_at
             if self._rank or self._announced.is_set() or self._clock - self._heard_at >= ANNOUNCE:
                 return self._heard
             return None  # the store goes with rank 0, and not all have heard
@@ -70,10 +69,14 @@ class Pulse:
         return None
 
     def announce(self, leaving: Leaving) -> None:
-        """Tell the others why this rank leaves; rank 0 waits a moment until they know, since the store ends with it."""
+        """Tell the others why this rank leaves, and no more after it.
+
+        Rank 0 waits a moment until they know, since the store ends with it.
+        """
         self._own = leaving
         self._wake.set()
         self._announced.wait(ANNOUNCE)
+        self.close()
 
     def listen(self, seconds: float) -> Leaving | None:
         """What another rank has announced, or does within `seconds`."""
@@ -109,6 +112,7 @@ class Pulse:
             self._announced.set()
         if self._store.check([LEAVING]):
             if self._heard is None:
+                self._heard_at = self._clock
                 self._heard = Leaving(**json.loads(self._store.get(LEAVING)))
                 self._store.add(HEARD, 1)
             if self._store.add(HEARD, 0) >= self._size:

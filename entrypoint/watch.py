@@ -57,7 +57,7 @@ class Peers(Protocol):
         """Why this rank is to leave, if it is; `passed` seconds after the last call."""
 
     def announce(self, leaving: Leaving) -> None:
-        """Let the others know, within a bounded time."""
+        """Let the others know, within a bounded time, and `close`."""
 
     def close(self) -> None:
         """Neither tell nor hear anything from now on."""

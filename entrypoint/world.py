@@ -218,7 +218,6 @@ def joined(collective_timeout: int, watch: Watch | None = None) -> Iterator[Worl
     except RunError as error:
         if error.sudden:
             pulse.announce(Leaving(error.exit_code, str(error)))
-            pulse.close()
         else:
             pulse.close()
             world.part()
@@ -260,7 +259,6 @@ def _broken(error: Exception, world: World, pulse: Pulse) -> Exception:
     if heard or communication:
         return LostRankError(heard.why if heard else f"another rank is lost: {_line(error)}")
     pulse.announce(Leaving(EXIT_LOST, f"rank {world.rank} crashed: {type(error).__name__}: {_line(error)}; leaving"))
-    pulse.close()
     return error
 
 

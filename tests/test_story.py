@@ -24,8 +24,8 @@ def end(launch: str, code: int, **more: Any) -> Line:
     return {"event": "end", "launch": launch, "code": code, **more}
 
 
-def launch(name: str, count: int) -> Line:
-    return {"event": "launch", "launch": name, "nodes": 3, "restart_count": count}
+def launch(name: str, **more: Any) -> Line:
+    return {"event": "launch", "launch": name, **more}
 
 
 def told(folder: Path, *lines: Line) -> Story:
@@ -73,11 +73,11 @@ def test_ranks_that_nccl_has_aborted_have_lost_a_machine_where_a_node_left_no_wo
     """Where every node has written an end, no machine is lost: they abort by themselves, which is a crash."""
     killed = {"error": "rank 3 was killed by SIGABRT"}
     ends = [end(f"a{node}", 134, node=node, **killed) for node in range(3) if node != silent]
-    assert told(tmp_path, {"event": "launch", "launch": "a0", "nodes": 3}, start("a0"), *ends).attempts()[0].how == how
+    assert told(tmp_path, launch("a0", nodes=3), start("a0"), *ends).attempts()[0].how == how
 
 
 def test_an_abort_beside_a_silent_node_hides_no_other_crash(tmp_path: Path) -> None:
-    launched: Line = {"event": "launch", "launch": "a", "nodes": 3}
+    launched = launch("a", nodes=3)
     ends = end("a", 134, node=0), end("b", 1, node=1, error="a bug")
     assert told(tmp_path, launched, *ends).attempts()[0].how == "crash"
     assert told(tmp_path, launched | {"nodes": 1}, end("a", 134, node=0)).attempts()[0].how == "crash"
@@ -92,7 +92,7 @@ def test_whether_the_start_before_this_one_broke_off(tmp_path: Path) -> None:
 
 def test_a_container_killed_before_it_has_looked_at_the_checkpoints_is_lost(tmp_path: Path) -> None:
     """Nine of them are a refusal; a run that is told so, or finds its output complete, leaves an end."""
-    launched: list[Line] = [{"event": "launch", "launch": name} for name in "abcdefghi"]
+    launched = [launch(name) for name in "abcdefghi"]
     assert [attempt.how for attempt in told(tmp_path, *launched).attempts()] == ["lost"] * 9
     with pytest.raises(RunError, match="9 starts in a row crashed"):
         Restarts(told(tmp_path, *launched), 3, None).pause()
@@ -103,9 +103,9 @@ def test_a_container_killed_before_it_has_looked_at_the_checkpoints_is_lost(tmp_
 def test_a_second_run_on_the_folder_takes_no_line_of_the_first(tmp_path: Path) -> None:
     first, second = told(
         tmp_path,
-        {"event": "launch", "launch": "a"},
+        launch("a"),
         start("a"),
-        {"event": "launch", "launch": "b"},
+        launch("b"),
         {"event": "saved", "launch": "a", "step": 7},
         end("b", 64, node=0),
         end("a", 1, node=0, error="a bug"),
@@ -116,7 +116,7 @@ def test_a_second_run_on_the_folder_takes_no_line_of_the_first(tmp_path: Path) -
 
 def test_a_second_run_that_never_had_the_folder_leaves_the_first_ones_crashes_counted(tmp_path: Path) -> None:
     """Its 64 is no human's word on them: the next start of the run is the third crash's refusal."""
-    locked = {"event": "launch", "launch": "r"}, {"event": "locked", "launch": "r"}, end("r", 64, node=0)
+    locked = launch("r"), {"event": "locked", "launch": "r"}, end("r", 64, node=0)
     story = told(tmp_path, *crash("a"), *crash("b"), start("c"), *locked, end("c", 1, node=0, error="error of c"))
     assert [attempt.how for attempt in story.attempts()] == ["crash", "crash", "crash", "locked"]
     with pytest.raises(RunError, match=r"3 starts in a row crashed.*the first: error of a;"):
@@ -150,7 +150,7 @@ def test_a_node_that_crashes_before_node_0_is_there_crashes_once_and_in_that_sta
     def broken(start: int, *nodes: int) -> list[Line]:
         return [end(f"{start}-{node}", 1, node=node, error=f"error of {start}-{node}") for node in nodes]
 
-    first, second = ({"event": "launch", "launch": f"{start}-0", "nodes": 3} for start in (1, 2))
+    first, second = (launch(f"{start}-0", nodes=3) for start in (1, 2))
     for lines in (
         [*broken(1, 2), first, *broken(1, 1, 0), *broken(2, 2), second],
         [first, *broken(1, 2, 0, 1), *broken(2, 2, 1), second],
@@ -167,13 +167,13 @@ def test_a_node_that_crashes_before_node_0_is_there_crashes_once_and_in_that_sta
 
 def test_restarts_that_are_counted_tell_the_starts_apart(tmp_path: Path) -> None:
     """Node 1 left no line in the first, which was stopped: its crash is the second's, whose node 0 is yet to come."""
-    stopped = launch("a", 0), start("a"), end("a", 75, node=0, restart_count=0)
+    stopped = launch("a", restart_count=0), start("a"), end("a", 75, node=0, restart_count=0)
     early = end("b", 1, node=1, error="a bug", restart_count=1)
     told_to_stop = end("c", 75, node=0, told=True, restart_count=1)
-    story = told(tmp_path, *stopped, early, launch("c", 1), told_to_stop)
+    story = told(tmp_path, *stopped, early, launch("c", restart_count=1), told_to_stop)
     assert [(attempt.how, attempt.error) for attempt in story.attempts()][1:] == [("crash", "a bug")]
     assert Restarts(story, 3, 2).pause() == (4.0, "a bug")
-    story = told(tmp_path, *stopped, early, launch("d", 2))
+    story = told(tmp_path, *stopped, early, launch("d", restart_count=2))
     story.launch = "d"  # the second's node 0 was never there
     assert [attempt.how for attempt in story.earlier()] == ["stopped", "crash"]
 
@@ -182,14 +182,15 @@ def test_a_machine_that_was_taken_for_dead_ends_in_its_own_start(tmp_path: Path)
     """Its container goes on for a while, and writes when the next start is under way."""
     late = end("a2", 76, node=2, restart_count=3)
     crashed = end("b1", 1, node=1, error="a bug", restart_count=4), end("b", 76, node=0, restart_count=4)
-    story = told(tmp_path, launch("a", 3), start("a"), launch("b", 4), start("b"), late, *crashed)
+    first, second = launch("a", restart_count=3), launch("b", restart_count=4)
+    story = told(tmp_path, first, start("a"), second, start("b"), late, *crashed)
     assert [(attempt.how, len(attempt.ends)) for attempt in story.attempts()] == [("lost", 1), ("crash", 2)]
 
 
 def test_another_nodes_crash_is_of_its_own_run_though_a_second_one_has_come(tmp_path: Path) -> None:
-    second = launch("s", 0), {"event": "locked", "launch": "s"}, end("s", 64, node=0, restart_count=0)
+    second = launch("s", restart_count=0), {"event": "locked", "launch": "s"}, end("s", 64, node=0, restart_count=0)
     crashed = end("a1", 1, node=1, error="a bug", restart_count=3)
-    story = told(tmp_path, launch("a", 3), start("a"), *second, crashed)
+    story = told(tmp_path, launch("a", restart_count=3), start("a"), *second, crashed)
     assert [attempt.how for attempt in story.attempts()] == ["crash", "locked"]
 
 

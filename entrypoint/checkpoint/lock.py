@@ -149,7 +149,7 @@ class Lock:
                     if not self._stop.is_set():
                         self.check()
                         self._write(number)
-            except (OSError, CheckpointError, TypeError):
+            except (OSError, CheckpointError):
                 continue  # a full disk, or taken: the next save finds out and says so
 
     def _write(self, beat: int) -> None:

@@ -72,7 +72,7 @@ def launch(
         if topology.node_rank == 0:
             restarts.begin(topology.nodes)
             if _told_in_pause(wakeup, *restarts.pause()):
-                restarts.note(Verdict(EXIT_STOPPED), topology, told=True)
+                restarts.note(Verdict(EXIT_STOPPED), 0, told=True)
                 return EXIT_STOPPED
     ranks = Ranks(grace, patience, kill_after)
     try:
@@ -86,7 +86,7 @@ def launch(
     finally:
         ranks.close()
     if restarts and (verdict.crashed or topology.node_rank == 0):
-        restarts.note(verdict, topology, told=ranks.told)
+        restarts.note(verdict, topology.node_rank, told=ranks.told)
     seconds, why = _hold_time(verdict, topology, hold, one=ranks.killed_alone)
     if seconds and not ranks.stopping:
         say(f"{why}, for up to {seconds:g} s")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from entrypoint.attempts import LOST_WEIGHT, crashes_in_a_row
 from entrypoint.conf import Run
 from entrypoint.errors import EXIT_REFUSED, RunError
-from entrypoint.launch.topology import Topology, read_number
+from entrypoint.launch.topology import read_number
 from entrypoint.launch.verdict import Verdict
 from entrypoint.story import Story
 
@@ -67,17 +67,16 @@ class Restarts:
                 f"{self.story.folder}: {len(row)} starts in a row crashed without a newer checkpoint "
                 f"(checkpoint.max_crashes={self.max_crashes}); the first: {row[0].error}; mend that and start again"
             )
-            self.story.append("end", code=EXIT_REFUSED, error=str(error), node=0, told=False, **self._counted)
+            self.note(Verdict(EXIT_REFUSED, error=str(error)), 0, told=False)
             raise error
         if not row or row[-1] is not attempts[-1]:  # stopped since, or never crashed
             return 0.0, ""
         count = len(row) if self.count is None else max(1, self.count)
         return min(LONGEST_PAUSE, 2.0 ** min(count, 10)), row[-1].error
 
-    def note(self, verdict: Verdict, topology: Topology, *, told: bool) -> None:
-        """Write down how this node's ranks ended, and whether they had been `told` to stop."""
-        said = {"code": verdict.code, "error": verdict.error, "node": topology.node_rank, "told": told}
-        self.story.append("end", **said, **self._counted)
+    def note(self, verdict: Verdict, node: int, *, told: bool) -> None:
+        """Write down how a node's ranks ended, and whether they had been `told` to stop."""
+        self.story.append("end", code=verdict.code, error=verdict.error, node=node, told=told, **self._counted)
 
     @property
     def _counted(self) -> dict[str, int]:

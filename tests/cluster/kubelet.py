@@ -77,9 +77,10 @@ class Kubelet:
             known.stop(grace)
 
     def _node_died(self, name: str) -> None:
-        for pod in [pod for pod in list(self._pods.values()) if pod.node == name]:
-            print(f"{pod.namespace}/{pod.name} dies with {name}", flush=True)
-            pod.kill()
+        for pod in list(self._pods.values()):
+            if pod.node == name:
+                print(f"{pod.namespace}/{pod.name} dies with {name}", flush=True)
+                pod.kill()
 
 
 def main() -> None:
